@@ -1,0 +1,122 @@
+"""Where a job runs, what it reads and where runs are recorded. Settings only; imports nothing but pydantic."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from distillation.config import NAME, Config
+
+# -------------------------------------------------------------------------------------------------------------- cluster
+
+
+class ClusterConfig(Config):
+    """Workers of Ray Train and where artifacts lie."""
+
+    address: str | None = None
+    """Ray cluster to join ("auto" inside a job). None: one on this machine, for the time of the command."""
+    workers: int = Field(1, ge=1)
+    """Training and inference processes. Results do not depend on it."""
+    cpus_per_worker: int | None = Field(None, ge=1)
+    """Threads of each worker. None: the CPUs of the smallest node divided among the workers it gets."""
+    gpus_per_worker: float = Field(0, ge=0)
+    storage: str = "distillery-storage"
+    """Folder or URI that every node can write; holds corpora, target stores, models and runs."""
+    max_failures: int = Field(2, ge=0)
+    """How often a group of workers is restarted after one of them died."""
+
+
+# --------------------------------------------------------------------------------------------------------------- corpus
+
+
+class _Corpus(Config):
+    labelled: float = Field(1.0, ge=0, le=1)
+    """Share of the training rows whose label is used; the others are unlabelled. Chosen by content, so it is the same rows every time."""
+    part_rows: int = Field(8192, ge=1)
+    """Rows of a part: the unit of work, of commit and of integrity."""
+
+
+class FilesCorpus(_Corpus):
+    """Parquet, CSV (with header), JSON lines or Arrow files; the ending says which, .gz may follow csv and jsonl."""
+
+    type: Literal["files"]
+    train: str | tuple[str, ...]
+    """Paths or globs, local or s3://..."""
+    validation: str | tuple[str, ...] | float = 0.1
+    """Paths or globs, or the share of the training rows to set aside."""
+    test: str | tuple[str, ...] | float = 0.1
+
+    @model_validator(mode="after")
+    def _shares(self) -> FilesCorpus:
+        return _check_shares(self)
+
+
+class HubCorpus(_Corpus):
+    """A data set of the Hugging Face hub, or a folder that `datasets` saved."""
+
+    type: Literal["hub"]
+    dataset: str = Field(min_length=1)
+    subset: str | None = None
+    revision: str | None = None
+    train: str = "train"
+    """Names of splits."""
+    validation: str | float = 0.1
+    test: str | float = 0.1
+
+    @model_validator(mode="after")
+    def _shares(self) -> HubCorpus:
+        return _check_shares(self)
+
+
+class DocstringsCorpus(_Corpus):
+    """First paragraphs of the docstrings of installed Python code, read with `ast`, never imported; the label is the library's name."""
+
+    type: Literal["docstrings"]
+    packages: tuple[str, ...] = Field(min_length=2)
+    """Top-level import names; "stdlib" is the standard library."""
+    per_package: int = Field(2000, ge=1)
+    """Most paragraphs of one library."""
+    validation: float = 0.1
+    test: float = 0.1
+
+    @model_validator(mode="after")
+    def _shares(self) -> DocstringsCorpus:
+        return _check_shares(self)
+
+
+def _check_shares(corpus: Any) -> Any:
+    shares = [s for s in (corpus.validation, corpus.test) if isinstance(s, float | int)]
+    if any(s <= 0 for s in shares) or sum(shares) >= 1:
+        raise ValueError(f"shares of validation and test must be above 0 and leave rows to train on, got {shares}")
+    return corpus
+
+
+CorpusConfig = Annotated[FilesCorpus | HubCorpus | DocstringsCorpus, Field(discriminator="type")]
+
+
+# ------------------------------------------------------------------------------------------------------------- tracking
+
+
+class TrackingConfig(Config):
+    """MLflow. Training never waits for it: events go to a journal first and are delivered beside the training."""
+
+    uri: str | None = None
+    """Server or database. None: SQLite in the storage, where that is local."""
+    experiment: str | None = Field(None, pattern=NAME)
+    """None: the name of the job."""
+    strict: bool = False
+    """End with exit code 7 if the server cannot be reached, instead of delivering later."""
+    log_model: bool = True
+    """Record every student as a logged model."""
+
+    @field_validator("uri")
+    @classmethod
+    def _no_password(cls, uri: str | None) -> str | None:
+        if uri and "@" in urlsplit(uri).netloc:
+            raise ValueError("a tracking uri must not carry a password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+        if uri and not re.match(r"^(https?|sqlite|postgresql)(\+\w+)?:", uri):
+            raise ValueError(f"tracking uri must start with http:, https:, sqlite: or postgresql:, got {uri!r}")
+        return uri

@@ -1,0 +1,271 @@
+"""Content-addressed artifacts: corpora, target stores, models, checkpoints. Each is a folder with a manifest that is committed last.
+
+    {folder}/part-3f0a....arrow     rows, an Arrow stream of one record batch: `datasets.Dataset.from_file` opens it memory-mapped
+    {folder}/part-3f0a....json      the part's record, committed after it: rows, tokens, bytes, checksum
+    {folder}/manifest.json          what the artifact is, what it was made from, and the record of every file
+
+A reader trusts the manifest only. Names come from the fingerprint of everything that could change the bytes, so whoever wants the same
+thing finds it, and two that write it at once write the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from distillation.errors import ConflictError, InputError
+from distillation.storage import Storage
+
+VERSION = 1
+"""Of the layout above. An artifact of another version is refused, not guessed at."""
+
+MANIFEST = "manifest.json"
+
+Kind = Literal["corpus", "targets", "model", "checkpoint"]
+
+
+class FileRecord(BaseModel):
+    """What a file must look like. For parts also what is inside."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    bytes: int
+    checksum: str
+    """xxh3_128 of the content, hexadecimal."""
+    rows: int = 0
+    tokens: int = 0
+
+
+class Manifest(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int = VERSION
+    kind: Kind
+    fingerprint: str
+    made_from: dict[str, Any]
+    """Everything that went into the fingerprint, for people and for `open` errors."""
+    splits: dict[str, tuple[FileRecord, ...]] = {}
+    """Parts of each split, in the order of their rows' ids."""
+    files: tuple[FileRecord, ...] = ()
+    """Other files, of models and checkpoints."""
+    facts: dict[str, Any] = {}
+    """What was found on the way: labels, counts, dropped rows, shapes."""
+    created: float = 0.0
+    """Seconds since the epoch."""
+
+    def rows(self, split: str) -> int:
+        return sum(part.rows for part in self.splits.get(split, ()))
+
+    def tokens(self, split: str) -> int:
+        return sum(part.tokens for part in self.splits.get(split, ()))
+
+    def total_bytes(self) -> int:
+        return sum(r.bytes for r in self.files) + sum(r.bytes for parts in self.splits.values() for r in parts)
+
+
+def fingerprint(made_from: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits over the canonical JSON of everything that could change the bytes."""
+    text = json.dumps({"version": VERSION, **made_from}, sort_keys=True, ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def checksum(path: Path) -> str:
+    """xxh3_128 of a file, read in blocks so that the pages do not count as this process's memory."""
+    digest = xxhash.xxh3_128()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------- write
+
+
+def write_part(storage: Storage, folder: str, name: str, table: pa.Table, tokens: int) -> FileRecord:
+    """Commit one part: the rows, then the record that says they are whole. Writing the same part twice is harmless."""
+    batches = table.combine_chunks().to_batches()
+    assert len(batches) == 1, "a part holds at least one row, in one record batch"
+    with storage.writing(f"{folder}/{name}.arrow") as path:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_batch(batches[0])
+        record = FileRecord(name=f"{name}.arrow", bytes=path.stat().st_size, checksum=checksum(path), rows=table.num_rows, tokens=tokens)
+    storage.write(f"{folder}/{name}.json", record.model_dump_json().encode())
+    return record
+
+
+def committed_part(storage: Storage, folder: str, name: str) -> FileRecord | None:
+    """The record of a part that is whole and unaltered, or None if it has to be written (again)."""
+    try:
+        record = FileRecord.model_validate_json(storage.read(f"{folder}/{name}.json"))
+        path = storage.fetch(f"{folder}/{record.name}", record.bytes)
+    except (FileNotFoundError, ValidationError):
+        return None
+    return record if path.stat().st_size == record.bytes and checksum(path) == record.checksum else None
+
+
+def commit(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
+    """Write the manifest of a folder whose parts are committed. From here on the artifact exists."""
+    if (existing := find(storage, folder)) and existing.fingerprint != manifest.fingerprint:
+        raise ConflictError(
+            "DST-8002", "another artifact already lies here", where=storage.path(folder),
+            expected=manifest.fingerprint, found=existing.fingerprint, do="Remove the folder or use another storage",
+        )  # fmt: skip
+    manifest = manifest.model_copy(update={"created": time.time()})
+    storage.write(f"{folder}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
+    return manifest
+
+
+def commit_folder(
+    storage: Storage, folder: str, source: Path, kind: Kind, print_: str, made_from: Mapping[str, Any], facts: Mapping[str, Any]
+) -> Manifest:
+    """Copy the files under `source` into the storage as one artifact that appears whole or not at all."""
+    import shutil
+
+    with storage.writing_folder(folder, last=MANIFEST) as beside:
+        shutil.copytree(source, beside, dirs_exist_ok=True)
+        files = [
+            FileRecord(name=p.relative_to(beside).as_posix(), bytes=p.stat().st_size, checksum=checksum(p))
+            for p in sorted(beside.rglob("*"))
+            if p.is_file()
+        ]
+        manifest = Manifest(
+            kind=kind, fingerprint=print_, made_from=dict(made_from), files=tuple(files), facts=dict(facts), created=time.time()
+        )
+        (beside / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+    return manifest
+
+
+# ----------------------------------------------------------------------------------------------------------------- read
+
+
+def find(storage: Storage, folder: str) -> Manifest | None:
+    """The manifest of a folder, or None if there is none. Reads no parts. Raises InputError if it cannot be read."""
+    try:
+        text = storage.read(f"{folder}/{MANIFEST}")
+    except FileNotFoundError:
+        return None
+    where = f"{storage.path(folder)}/{MANIFEST}"
+    try:
+        version = json.loads(text).get("version")
+        if version != VERSION:
+            raise InputError(
+                "DST-3102", "artifact has another version", where=where, expected=str(VERSION), found=str(version),
+                do="Remove the folder and run again, or use the release that wrote it",
+            )  # fmt: skip
+        return Manifest.model_validate_json(text)
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            "DST-3103", "manifest was altered", where=where, expected="a manifest", found=str(error).splitlines()[0],
+            do="Remove the folder and run again",
+        ) from error  # fmt: skip
+
+
+def open_artifact(storage: Storage, folder: str, kind: Kind) -> tuple[Manifest, dict[str, Path]]:
+    """The manifest and the local path of every file, each checked against its record.
+
+    Raises InputError naming the file that is missing or altered, or the folder that is incomplete or of another kind.
+    """
+    manifest = find(storage, folder)
+    if manifest is None:
+        raise InputError(
+            "DST-3101", f"{kind} is missing or incomplete", where=storage.path(folder), expected=MANIFEST, found="no manifest",
+            do="Run the job again: it continues where it stopped",
+        )  # fmt: skip
+    if manifest.kind != kind:
+        raise InputError("DST-3104", "artifact is of another kind", where=storage.path(folder), expected=kind, found=manifest.kind)
+    records = [*manifest.files, *(record for parts in manifest.splits.values() for record in parts)]
+    return manifest, {record.name: _verified(storage, folder, record) for record in records}
+
+
+_seen: dict[tuple[str, int, int], str] = {}
+
+
+def _verified(storage: Storage, folder: str, record: FileRecord) -> Path:
+    """Path of a file whose size and checksum are right. A process reads each file once for this, until the file changes."""
+    where = f"{storage.path(folder)}/{record.name}"
+    repair = "Remove this file and run again: it is made anew"
+    try:
+        path = storage.fetch(f"{folder}/{record.name}", record.bytes)
+    except FileNotFoundError:
+        raise InputError("DST-3105", "file of an artifact is missing", where=where, do="Remove the folder and run again") from None
+    status = path.stat()
+    if status.st_size != record.bytes:
+        raise InputError("DST-3106", "file was altered", where=where, expected=f"{record.bytes} bytes", found=str(status.st_size), do=repair)
+    key = (str(path), status.st_size, status.st_mtime_ns)
+    if key not in _seen:
+        _seen[key] = checksum(path)
+    if _seen[key] != record.checksum:
+        raise InputError("DST-3106", "file was altered", where=where, expected=f"checksum {record.checksum}", found=_seen[key], do=repair)
+    return path
+
+
+class Columns:
+    """Rows of one split over its parts, memory-mapped; a column is addressed by the row's number in the split.
+
+    `offsets[i]` is the first row of part i. Reading touches only the pages that hold the rows asked for.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._batches = []
+        for path in paths:
+            with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
+                self._batches.append(reader.read_next_batch())
+        self.offsets = np.cumsum([0] + [batch.num_rows for batch in self._batches])
+
+    def __len__(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def schema(self) -> pa.Schema:
+        return self._batches[0].schema if self._batches else pa.schema([])
+
+    def whole(self, name: str) -> np.ndarray:
+        """A fixed-width column of all rows, copied into memory. [rows]"""
+        if not self._batches:
+            return np.zeros(0, dtype=np.int32)
+        return np.concatenate([_flat(batch.column(name)) for batch in self._batches])
+
+    def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Part and place inside it of each row."""
+        parts = np.searchsorted(self.offsets, rows, side="right") - 1
+        return parts, rows - self.offsets[parts]
+
+    def strings(self, name: str, rows: np.ndarray) -> list[str]:
+        parts, places = self.locate(rows)
+        return [self._batches[p].column(name)[int(i)].as_py() for p, i in zip(parts, places, strict=True)]
+
+    def ragged(self, name: str, rows: np.ndarray) -> list[np.ndarray]:
+        """Values of a list column for each row, as views on the mapped file."""
+        parts, places = self.locate(rows)
+        views = {int(p): self._lists(int(p), name) for p in np.unique(parts)}
+        return [
+            views[int(p)][1][views[int(p)][0][i] : views[int(p)][0][i + 1]] for p, i in zip(parts, places, strict=True)
+        ]
+
+    def fixed(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """A fixed-size-list column at these rows. [len(rows), width]"""
+        parts, places = self.locate(rows)
+        width = self.schema.field(name).type.list_size
+        values = {int(p): _flat(self._batches[int(p)].column(name).flatten()).reshape(-1, width) for p in np.unique(parts)}
+        if len(values) == 1:
+            return np.asarray(next(iter(values.values()))[places])
+        return np.stack([values[int(p)][i] for p, i in zip(parts, places, strict=True)])
+
+    def _lists(self, part: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+        column = self._batches[part].column(name)
+        return _flat(column.offsets), _flat(column.values)
+
+
+def _flat(array: pa.Array) -> np.ndarray:
+    """View of a fixed-width Arrow array without nulls."""
+    return np.asarray(array.to_numpy(zero_copy_only=True))

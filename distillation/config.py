@@ -144,14 +144,14 @@ class LayersStudent(Config):
     """Which layers of the teacher, counted from 0, in order."""
     count: int | None = Field(None, ge=1)
     """How many layers, chosen by `choose`; instead of `layers`."""
-    choose: Literal["first", "last", "even"] = "even"
-    """even: spread over the depth, first and last layer included."""
+    choose: Literal["first", "last", "even"] | None = None
+    """With `count`. even (also None): spread over the depth, first and last layer included."""
 
     @model_validator(mode="after")
     def _one_choice(self) -> LayersStudent:
         if (self.layers is None) == (self.count is None):
             raise ValueError("set one of layers and count")
-        if self.layers is not None and ("choose" in self.model_fields_set or not self.layers):
+        if self.layers is not None and (self.choose or not self.layers):
             raise ValueError("layers names the layers itself: give at least one, and leave choose out")
         if self.layers is not None and (list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0):
             raise ValueError(f"layers must rise without repeats from 0 on, got {list(self.layers)}")
@@ -192,9 +192,7 @@ class ProbeStudent(Config):
     needs: ClassVar[frozenset[str]] = frozenset({"pooled"})
 
 
-StudentConfig = Annotated[
-    LayersStudent | ScratchStudent | PretrainedStudent | ProbeStudent, Field(discriminator="type")
-]
+StudentConfig = Annotated[LayersStudent | ScratchStudent | PretrainedStudent | ProbeStudent, Field(discriminator="type")]
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
@@ -245,9 +243,7 @@ class PatientKD(Config):
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
 
-LossConfig = Annotated[
-    CrossEntropy | ForwardKL | L2Distil | LogitMSE | PatientKD, Field(discriminator="type")
-]
+LossConfig = Annotated[CrossEntropy | ForwardKL | L2Distil | LogitMSE | PatientKD, Field(discriminator="type")]
 
 
 class FitConfig(Config):

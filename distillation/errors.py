@@ -45,10 +45,11 @@ class DistilleryError(Exception):
         return {"exit_code": self.exit_code, **{name: getattr(self, name) for name in fields}}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebuild, (type(self), self.as_dict())
+        return rebuild, (type(self), self.as_dict())
 
 
-def _rebuild(kind: type[DistilleryError], fields: dict[str, Any]) -> DistilleryError:
+def rebuild(kind: type[DistilleryError], fields: dict[str, Any]) -> DistilleryError:
+    """An error from what `as_dict` gave."""
     return kind(fields.pop("code"), fields.pop("what"), **{k: v for k, v in fields.items() if k != "exit_code"})
 
 

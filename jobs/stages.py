@@ -1,0 +1,270 @@
+"""The stages of a job, in the order of the data. Each finds what is finished, goes on with what is half done, and records what it did."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster import teaching, training
+from cluster.corpus import prepare as prepare_corpus
+from cluster.journal import Journal
+from cluster.links import environment_tags
+from cluster.session import cpus_per_worker, unwrap
+from distillation import export as exporting
+from distillation import fit, store
+from distillation.evaluate import Candidate, Evaluation
+from distillation.evaluate import evaluate as evaluate_models
+from distillation.rows import open_columns
+from distillation.storage import Storage
+from jobs import report
+from jobs.config import dump, flat
+from jobs.figures import figures
+from jobs.plan import Plan, Stage
+from jobs.progress import Progress
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage works with."""
+
+    plan: Plan
+    journal: Journal
+    progress: Progress
+
+    @property
+    def parent(self) -> str:
+        """Key of the job's run; a changed job is another run."""
+        return f"{self.plan.job.name}/{self.plan.fingerprint}"
+
+    def key(self, name: str) -> str:
+        return f"{self.parent}/{name}"
+
+    def record(self, key: str, metrics: Mapping[str, float], step: int) -> None:
+        self.journal.metrics(key, metrics, step)
+        self.progress.point(metrics, step)
+
+
+def begin(context: Context) -> None:
+    """Declare the job's run, with the settings as they were written."""
+    plan, journal = context.plan, context.journal
+    tags = {**environment_tags(), "distillery.fingerprint": plan.fingerprint}
+    journal.run(context.parent, name=plan.job.name, tags=tags)
+    journal.params(context.parent, flat(plan.job.model_dump(mode="json", exclude={"cluster", "tracking"})))
+    config = plan.workspace / "job.yaml"
+    config.write_text(dump(plan.job), encoding="utf-8")
+    journal.file(context.parent, config)
+
+
+def prepare(context: Context) -> store.Manifest:
+    """Corpus: read, identify, deduplicate, split, tokenise, write parts."""
+    plan, progress = context.plan, context.progress
+    fit.require_tokenizer_fits(plan.model)
+    if (manifest := plan.found(plan.corpus)) is not None:
+        progress.found(_corpus_line(manifest))
+    else:
+        with progress.stage("corpus"):
+            manifest = prepare_corpus(
+                plan.job.corpus, plan.job.task, plan.model, plan.storage, fingerprint=plan.corpus.fingerprint,
+                made_from=plan.corpus.made_from, progress=progress.note,
+            )  # fmt: skip
+        progress.note(_corpus_line(manifest))
+    context.journal.dataset(context.parent, "corpus", manifest.fingerprint, plan.storage.path(plan.corpus.folder), "training")
+    return manifest
+
+
+def teach(context: Context) -> None:
+    """Teacher: train it if the job says so; then let it answer every row, once."""
+    plan, progress, job = context.plan, context.progress, context.plan.job
+    key = context.key("teacher")
+    context.journal.run(key, name="teacher", parent=context.parent, tags={"role": "teacher"})
+    if plan.found(plan.teacher):
+        progress.found("teacher")
+    elif job.teacher.training:
+        with progress.stage(f"teacher: fine-tuning {job.teacher.model}"):
+            training.train(plan.teacher_fit(), plan.teacher.made_from, job.cluster, context.record, key)
+    else:
+        with progress.stage(f"teacher: {job.teacher.model}"):
+            fit.adopt(
+                plan.storage, plan.model, plan.labels(), plan.teacher.folder, plan.teacher.fingerprint, plan.teacher.made_from,
+                trust_remote_code=job.teacher.trust_remote_code, pickled=job.teacher.pickled_weights,
+            )  # fmt: skip
+    _describe_model(context, key, plan.teacher)
+    if plan.targets is None:
+        progress.note("no loss asks the teacher: it is not run over the corpus")
+        return
+    if (manifest := plan.found(plan.targets)) is not None:
+        progress.found(f"targets of {manifest.facts['rows_answered']:,} rows")
+    else:
+        with progress.stage("targets: the teacher answers every row, once"):
+            manifest = teaching.teach(
+                job.task, job.teacher.targets, plan.teacher.folder, plan.corpus.folder, plan.targets.folder,
+                fingerprint=plan.targets.fingerprint, made_from=plan.targets.made_from, batch_tokens=job.teacher.batch_tokens,
+                precision=job.teacher.precision, cluster=job.cluster, record=context.record, key=key,
+            )  # fmt: skip
+        progress.note(f"{manifest.facts['rows_answered']:,} rows answered, {manifest.total_bytes() / 1e6:.1f} MB")
+    context.journal.dataset(context.parent, "targets", manifest.fingerprint, plan.storage.path(plan.targets.folder), "teacher")
+
+
+def distill(context: Context) -> None:
+    """Students, each followed by the same student without distillation."""
+    plan, progress = context.plan, context.progress
+    for run in plan.runs:
+        key = context.key(run.name)
+        context.journal.run(key, name=run.name, parent=context.parent, tags={"role": run.role})
+        settings = {
+            "student": run.student.model_dump(mode="json"),
+            "losses": {n: loss.model_dump(mode="json") for n, loss in run.losses.items()},
+        }
+        context.journal.params(key, flat(settings))
+        if plan.found(run.stage):
+            progress.found(f"{run.role} {run.name}")
+        else:
+            with progress.stage(f"{run.role} {run.name}"):
+                training.train(plan.fit(run), run.stage.made_from, plan.job.cluster, context.record, key)
+        _describe_model(context, key, run.stage)
+
+
+def evaluate(context: Context) -> list[Evaluation]:
+    """Teacher, baselines and students over the test split, by the same code, one after the other."""
+    plan, progress, job = context.plan, context.progress, context.plan.job
+    made_from = {
+        "models": {name: stage.fingerprint for name, stage in _models(plan).items()}, "corpus": plan.corpus.fingerprint,
+        "settings": job.evaluation.model_dump(),
+    }  # fmt: skip
+    stage = f"evaluations/{store.fingerprint(made_from)}.json"
+    if plan.storage.exists(stage):
+        progress.found("evaluation")
+    else:
+        with progress.stage("evaluation on the test split"):
+            found = _on_a_worker(plan)
+            plan.storage.write(stage, json.dumps([e.model_dump(mode="json") for e in found], indent=1).encode())
+    evaluations = report.ordered([Evaluation.model_validate(e) for e in json.loads(plan.storage.read(stage))])
+    for e in evaluations:
+        numbers = {f"test/{k}": v for k, v in {**e.quality, **e.against}.items()} | {
+            f"cost/{k}": v for k, v in {**e.cost, **e.ratios}.items()
+        }
+        context.journal.metrics(context.key(e.name), numbers, 0)
+    return evaluations
+
+
+def publish(context: Context, evaluations: list[Evaluation]) -> dict[str, Path]:
+    """Export the students, write the report, and hand both to the journal. Returns the folder of each student and the report."""
+    plan, journal = context.plan, context.journal
+    verdicts = report.verdicts(evaluations)
+    facts = exporting.Facts(
+        teacher=plan.job.teacher.model, corpus=plan.job.corpus.type, max_length=plan.job.task.max_length, config=dump(plan.job),
+        fingerprints={"job": plan.fingerprint, "corpus": plan.corpus.fingerprint, "teacher": plan.teacher.fingerprint}
+        | ({"targets": plan.targets.fingerprint} if plan.targets else {}),
+        versions={k.removeprefix("version."): v for k, v in environment_tags().items() if k.startswith("version.")},
+    )  # fmt: skip
+    places: dict[str, Path] = {}
+    examples = _texts(plan, 4)
+    with context.progress.stage("export and report"):
+        for run in plan.runs:
+            if run.role == "student":
+                folder = plan.workspace / "students" / run.name
+                exporting.export(
+                    fit.model_folder(plan.storage, run.stage.folder), folder, evaluations, facts, name=run.name, verdict=verdicts.get(run.name, "")
+                )  # fmt: skip
+                places[run.name] = folder
+                if plan.job.tracking.log_model:
+                    journal.model(context.key(run.name), folder, name=run.name, input_example=examples)
+        pictures = figures(evaluations, _curves(plan), plan.workspace / "figures")
+        page = plan.workspace / "report.html"
+        report.page(page, plan.job.name, evaluations, pictures, facts)
+        table = plan.workspace / "evaluation.json"
+        table.write_text(json.dumps([e.model_dump(mode="json") for e in evaluations], indent=1), encoding="utf-8")
+        for path in (page, table):
+            journal.file(context.parent, path)
+        for path in pictures:
+            journal.file(context.parent, path, "figures")
+        _copy_to_remote(plan)
+    places["report"] = page
+    return places
+
+
+def finish(context: Context) -> None:
+    for name in _models(context.plan):
+        context.journal.finish(context.key(name), "FINISHED")
+    context.journal.finish(context.parent, "FINISHED")
+
+
+def _models(plan: Plan) -> dict[str, Stage]:
+    return {"teacher": plan.teacher, **{run.name: run.stage for run in plan.runs}}
+
+
+def _describe_model(context: Context, key: str, stage: Stage) -> None:
+    """Curves and numbers of a finished model, also where another job trained it: the journal leaves out what it has."""
+    manifest = context.plan.found(stage)
+    assert manifest is not None
+    for step, metrics in manifest.facts["history"]:
+        context.journal.metrics(key, metrics, step)
+    derived = {f"derived.{name}": manifest.facts[name] for name in ("parameters", "trained_parameters") if name in manifest.facts}
+    steps = manifest.facts["result"].get("steps")
+    context.journal.params(
+        key, {**derived, **({"derived.steps": int(steps)} if steps else {}), "derived.fingerprint": manifest.fingerprint}
+    )
+
+
+def _on_a_worker(plan: Plan) -> list[Evaluation]:
+    """Evaluate in a Ray task that has what a training worker has, so that costs are those of such a machine."""
+    job = plan.job
+    cpus = cpus_per_worker(job.cluster)
+    roles = {run.name: (run.role, run.baseline) for run in plan.runs}
+    candidates = [(roles.get(name, ("teacher", None)), name, stage.folder) for name, stage in _models(plan).items()]
+    task = ray.remote(num_cpus=cpus, num_gpus=job.cluster.gpus_per_worker, max_retries=job.cluster.max_failures)(evaluate_task)
+    try:
+        return ray.get(task.remote(job.cluster.storage, plan.corpus.folder, candidates, plan.labels(), job.evaluation.model_dump(), cpus))
+    except ray.exceptions.RayError as error:
+        raise unwrap(error) or error from error
+
+
+def evaluate_task(
+    uri: str, corpus: str, candidates: list[tuple[Any, str, str]], labels: tuple[str, ...], settings: dict[str, Any], cpus: int
+) -> list[Evaluation]:
+    """Runs on a node: open the test split and the models there, and evaluate."""
+    import torch
+
+    torch.set_num_threads(settings["threads"] or cpus)
+    storage = Storage(uri)
+    _, columns = open_columns(storage, corpus, "corpus", "test")
+    opened = [Candidate(role, name, fit.model_folder(storage, folder), baseline) for (role, baseline), name, folder in candidates]
+    settings = {**settings, "threads": settings["threads"] or cpus}
+    return evaluate_models(opened, columns, labels, device="cuda" if torch.cuda.is_available() else "cpu", **settings)
+
+
+def _curves(plan: Plan) -> dict[str, Any]:
+    found = {name: plan.found(stage) for name, stage in _models(plan).items()}
+    return {name: manifest.facts["history"] for name, manifest in found.items() if manifest}
+
+
+def _texts(plan: Plan, count: int) -> list[str]:
+    import numpy as np
+
+    _, columns = open_columns(plan.storage, plan.corpus.folder, "corpus", "test")
+    return columns.strings("text", np.arange(min(count, len(columns))))
+
+
+def _corpus_line(manifest: store.Manifest) -> str:
+    rows = ", ".join(f"{split} {manifest.rows(split):,}" for split in manifest.splits)
+    labelled = manifest.facts["labelled"]["train"]
+    tokens = sum(manifest.tokens(split) for split in manifest.splits)
+    return f"corpus: {rows} rows ({labelled:,} of train labelled), {tokens:,} tokens, {len(manifest.facts['labels'])} labels"
+
+
+def _copy_to_remote(plan: Plan) -> None:
+    """Where the storage is not on this machine, put what people look at there too."""
+    if plan.storage.is_local:
+        return
+    for name in ("report.html", "evaluation.json", "job.yaml"):
+        with plan.storage.writing(f"runs/{plan.job.name}/{name}") as path:
+            shutil.copyfile(plan.workspace / name, path)
+    for folder in (plan.workspace / "students").iterdir():
+        with plan.storage.writing_folder(f"runs/{plan.job.name}/students/{folder.name}", last="config.json") as beside:
+            shutil.copytree(folder, beside, dirs_exist_ok=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -51,7 +51,8 @@ class FilesCorpus(_Corpus):
 
     @model_validator(mode="after")
     def _shares(self) -> FilesCorpus:
-        return _check_shares(self)
+        _check_shares(self)
+        return self
 
 
 class HubCorpus(_Corpus):
@@ -68,7 +69,8 @@ class HubCorpus(_Corpus):
 
     @model_validator(mode="after")
     def _shares(self) -> HubCorpus:
-        return _check_shares(self)
+        _check_shares(self)
+        return self
 
 
 class DocstringsCorpus(_Corpus):
@@ -84,14 +86,14 @@ class DocstringsCorpus(_Corpus):
 
     @model_validator(mode="after")
     def _shares(self) -> DocstringsCorpus:
-        return _check_shares(self)
+        _check_shares(self)
+        return self
 
 
-def _check_shares(corpus: Any) -> Any:
-    shares = [s for s in (corpus.validation, corpus.test) if isinstance(s, float | int)]
+def _check_shares(corpus: FilesCorpus | HubCorpus | DocstringsCorpus) -> None:
+    shares = [s for s in (corpus.validation, corpus.test) if isinstance(s, float)]
     if any(s <= 0 for s in shares) or sum(shares) >= 1:
         raise ValueError(f"shares of validation and test must be above 0 and leave rows to train on, got {shares}")
-    return corpus
 
 
 CorpusConfig = Annotated[FilesCorpus | HubCorpus | DocstringsCorpus, Field(discriminator="type")]

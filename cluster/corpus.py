@@ -9,11 +9,12 @@ parts do not depend on the number of CPUs, on the order of files or on how rows 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
-import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,13 @@ def unwrap(error: BaseException) -> DistilleryError | None:
 
 @contextlib.contextmanager
 def _settings() -> Iterator[None]:
-    """How Ray Data runs here: in order, quiet, in small blocks; an error of ours comes out as itself."""
+    """How Ray Data runs here: in order, quiet, in small pieces (a task of a shuffle takes 1 GB else); our errors come out as themselves."""
     context, logger = DataContext.get_current(), logging.getLogger("ray.data")
     wanted = {
         "enable_progress_bars": False,
         "print_on_execution_start": False,
         "raise_original_map_exception": True,
+        "shuffle_input_batch_bytes": 4 * BLOCK_BYTES,
         "target_max_block_size": BLOCK_BYTES,
     }
     before, in_order, level = {name: getattr(context, name) for name in wanted}, context.execution_options.preserve_order, logger.level
@@ -145,7 +147,7 @@ def _encoded_rows(
     Reading comes to an end first: only then is it known in how many ranges of ids the rows have to be cut to be small. Ids are hashes, so
     even ranges hold even shares. Ray Data would cut the output of a sort by size, through the copies of a text, so that is switched off.
     """
-    bundles = [{"units": pickle.dumps(bundle)} for bundle in _bundles(units)]
+    bundles = [{"units": json.dumps([asdict(unit) for unit in bundle])} for bundle in _bundles(units)]
     rows = (
         ray.data.from_items(bundles, override_num_blocks=len(bundles))
         .map_batches(read_bundle, batch_size=1, fn_kwargs={"task": task, "shares": shares})

@@ -103,7 +103,11 @@ def mailbox(record: Record) -> Iterator[Any]:
     def drain() -> None:
         while True:
             last = done.wait(0.3)
-            for event in ray.get(box.take.remote()):
+            try:
+                events = ray.get(box.take.remote())
+            except ray.exceptions.RayError:  # the cluster is gone; the call that runs the workers says why
+                return
+            for event in events:
                 record(*event)
             if last:
                 return

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import json
 import os
-import pickle
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +16,7 @@ import pyarrow as pa
 import ray
 
 from cluster import sources
+from cluster.reading import Unit
 from distillation.config import TaskConfig
 
 SPLITS = ("train", "validation", "test")
@@ -38,7 +39,7 @@ Tallies = Counter[tuple[str, str | None, str | None]]
 
 def read_bundle(batch: Mapping[str, Any], task: TaskConfig, shares: tuple[float, float]) -> Iterator[pa.Table]:
     yield READ.empty_table()
-    for unit in pickle.loads(batch["units"][0]):
+    for unit in (Unit(**fields) for fields in json.loads(batch["units"][0])):
         for table in sources.read(unit, task):
             yield identify(table, shares)
 

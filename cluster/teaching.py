@@ -103,7 +103,8 @@ def answer_part(teacher: Classifier, rows: Rows, targets: TargetsConfig, batch_t
             bad = ~np.isfinite(values).all(axis=1)
             if bad.any():
                 raise InputError(
-                    "DST-3301", "teacher's answer is not finite", where=f"row {rows.ids(batch_rows[bad])[0]}, {name}", expected=f"finite {values.dtype}",
+                    "DST-3301", "teacher's answer is not finite", where=f"row {rows.ids(batch_rows[bad])[0]}, {name}",
+                    expected=f"finite {values.dtype}",
                     found="inf or nan", do="Set the dtype of the targets to float32, or precision to fp32",
                 )  # fmt: skip
             if name not in columns:

@@ -39,7 +39,8 @@ def _logit_mse(config: LogitMSE, outputs: Outputs, batch: Batch) -> Tensor:
 
 
 def _pkd(config: PatientKD, outputs: Outputs, batch: Batch) -> Tensor:
-    assert outputs.hidden is not None and batch.signal.hidden is not None
+    assert outputs.hidden is not None
+    assert batch.signal.hidden is not None
     # The student reports exactly the layers of the map, in its order; the store may hold more.
     wanted = [batch.signal.layers.index(layer) for layer in config.layers.values()]
     mine = [sorted(config.layers).index(layer) for layer in config.layers]

@@ -109,9 +109,9 @@ def plan(job: Job, overrides: Overrides = None, as_json: Json = False) -> None:
 
 @app.command()
 def doctor(
-    job: Annotated[Optional[str], typer.Argument(help="Check what this job needs.")] = None,
+    job: Annotated[str | None, typer.Argument(help="Check what this job needs.")] = None,
     overrides: Overrides = None,
-    as_json: Json = False,  # noqa: UP045
+    as_json: Json = False,
 ) -> None:
     """Check this machine, the storage, MLflow and the cluster. Every line that is not ok says what to do."""
     import json

@@ -51,7 +51,7 @@ class JobConfig(Config):
     teacher: TeacherConfig
     student: StudentConfig | None = None
     """One student; or several by name in `students`."""
-    students: dict[Name, StudentConfig] = {}
+    students: dict[Name, StudentConfig] = Field({})
     losses: dict[Name, LossConfig] = Field(min_length=1)
     """Terms of the loss by name; every knob has a dotted path."""
     training: TrainingConfig

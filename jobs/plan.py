@@ -116,10 +116,14 @@ def make_plan(job: JobConfig) -> Plan:
     model = models.locate(job.teacher.model, revision=job.teacher.revision, **flags)
     _check_model(job, model)
     corpus = _stage("corpora", *corpus_fingerprint(job.corpus, job.task, model))
+    training = job.teacher.training
     teacher_from = {
-        "weights": models.weights_fingerprint(model), "tokenizer": models.tokenizer_fingerprint(model), "corpus": corpus.fingerprint,
-        "training": job.teacher.training and _training(job.teacher.training), "losses": _losses(job.baseline_losses) if job.teacher.training else None,
-    }  # fmt: skip
+        "weights": models.weights_fingerprint(model),
+        "tokenizer": models.tokenizer_fingerprint(model),
+        "corpus": corpus.fingerprint,
+        "training": training and _training(training),
+        "losses": training and _losses(job.baseline_losses),
+    }
     teacher = _stage("teachers", store.fingerprint(teacher_from), teacher_from)
     targets_from = {
         "teacher": teacher.fingerprint, "corpus": corpus.fingerprint, "targets": job.teacher.targets.model_dump(mode="json"),

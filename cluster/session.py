@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -37,6 +38,8 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Ray starts workers at niceness 15: whatever else the machine does would come first.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.address is None:
         # A local cluster of this Ray asks for a token unless RAY_AUTH_MODE says otherwise; it would write one into the home folder.
@@ -45,6 +48,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     else:
         options |= {"address": config.address}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -52,6 +56,8 @@ def connect(config: ClusterConfig) -> Iterator[None]:
             "DST-6001", "no Ray cluster", where=config.address or "this machine", found=str(error).splitlines()[0],
             do="Check cluster.address and the token, or leave the address out to run on this machine",
         ) from error  # fmt: skip
+    if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put in one of its own, which ends the program with exit code 15
     try:
         yield
     finally:

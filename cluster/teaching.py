@@ -99,7 +99,9 @@ def answer_part(teacher: Classifier, rows: Rows, targets: TargetsConfig, batch_t
     columns: dict[str, np.ndarray] = {}
     for batch_rows in sorted_batches(rows.lengths, batch_tokens):
         signal = observe(teacher, rows.batch(batch_rows).to(device), bf16)
-        for name, values in _columns(signal, targets).items():
+        with np.errstate(over="ignore"):  # becomes inf, and is refused below
+            found = _columns(signal, targets)
+        for name, values in found.items():
             bad = ~np.isfinite(values).all(axis=1)
             if bad.any():
                 raise InputError(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -34,7 +36,9 @@ class TrainSession:
     def wrap(self, module: nn.Module) -> nn.Module:
         if self.world_size == 1:
             return module
-        return DistributedDataParallel(module, device_ids=[self.device] if self.device.type == "cuda" else None)
+        # Buffers are the same on all ranks: they come from one checkpoint and no layer of ours changes them.
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def all_reduce(self, values: Tensor) -> Tensor:
         if self.world_size > 1:
@@ -82,12 +86,26 @@ def run_workers(worker: Callable[[dict[str, Any]], Any], payload: Mapping[str, A
             ),
         )  # fmt: skip
         try:
-            result = trainer.fit()
+            result = _fit(trainer)
         except ray.train.TrainingFailedError as error:
             raise _reason(error, box, cluster) from error
         if (failed := ray.get(box.error.remote())) is not None:
             raise failed
         return result.return_value
+
+
+def _fit(trainer: TorchTrainer) -> Any:
+    """`trainer.fit()` in a thread: in the main one Ray puts in a handler for Ctrl-C of its own, which ends the program with exit code 0."""
+    outcome: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(trainer.fit())
+        except BaseException as error:  # noqa: BLE001 - handed to the caller, which raises it
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="trainer", daemon=True).start()
+    return outcome.result()
 
 
 def _guarded(payload: dict[str, Any]) -> Any:
@@ -107,8 +125,13 @@ def _reason(error: BaseException, box: Any, cluster: ClusterConfig) -> Distiller
     if found := told or unwrap(error):
         return found
     causes = list((getattr(error, "worker_failures", None) or {}).items())
-    text = f"worker {causes[0][0]}: {str(causes[0][1]).strip().splitlines()[-1]}" if causes else str(error).strip().splitlines()[-1]
+    text = f"worker {causes[0][0]}: {_last_line(causes[0][1])}" if causes else _last_line(error)
     return ClusterError(
         "DST-6003", "workers failed", where=f"{cluster.workers} workers", expected=f"at most {cluster.max_failures} restarts", found=text,
         do="Run the job again: it goes on from the last checkpoint. --debug shows the whole traceback",
     )  # fmt: skip
+
+
+def _last_line(error: BaseException) -> str:
+    """What a traceback ends with."""
+    return ([type(error).__name__, *str(error).strip().splitlines()])[-1]

@@ -135,6 +135,8 @@ class Fit:
         self._bf16 = use_bf16(training.precision, session.device)
         curve = _Curve(self.losses, session)
         self.history: list[tuple[int, dict[str, float]]] = self.checkpoints.history if self.checkpoints is not None else []
+        for step, metrics in self.history:  # the process that reported them may have died before they arrived
+            session.report(metrics, step)
         latest: dict[str, float] = {}
         started, first = time.perf_counter(), position.step
         while position.step < schedule.total:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -77,6 +78,10 @@ def export(
     """The whole job, and a copy of the student folders where you want them."""
     import shutil
 
+    from distillation.storage import Storage
+
+    if to is not None:
+        Storage(str(to)).require_writable()
     _run(job, overrides, "export")
     if to is not None:
         from jobs.config import load
@@ -191,9 +196,13 @@ def recipes_cp(name: str, to: Annotated[Optional[Path], typer.Argument()] = None
     target = to or Path(f"{name}.yaml")
     if target.is_dir():
         target = target / f"{name}.yaml"
-    if target.exists():
-        raise ConfigError("DST-2007", "file is already there", where=str(target), do="Name another one")
-    target.write_text(recipes()[name], encoding="utf-8")
+    try:
+        with open(target, "x", encoding="utf-8") as file:
+            file.write(recipes()[name])
+    except FileExistsError as error:
+        raise ConfigError("DST-2007", "file is already there", where=str(target), do="Name another one") from error
+    except OSError as error:
+        raise ConfigError("DST-2009", "file cannot be written", where=str(target), found=str(error), do="Name another one") from error
     typer.echo(str(target))
 
 
@@ -211,7 +220,7 @@ def main() -> None:
         sys.exit(app(standalone_mode=False) or 0)
     except DistilleryError as error:
         if os.environ.get("DISTILL_DEBUG"):
-            raise
+            traceback.print_exc()
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
@@ -220,3 +229,6 @@ def main() -> None:
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # distill schema | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)

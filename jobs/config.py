@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
-import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,11 @@ from distillation.config import (
     TeacherConfig,
     TrainingConfig,
 )
-from distillation.errors import ConfigError, SecurityError
+from distillation.errors import ConfigError
+from jobs.settings import MAX_BYTES, read_settings
+
+MAX_PROBLEMS = 20
+"""Of a file that are told at once."""
 
 Name = Annotated[str, StringConstraints(pattern=NAME)]
 
@@ -149,29 +152,7 @@ def recipes() -> dict[str, str]:
 
 def parse(text: str, overrides: Sequence[str], source: str) -> JobConfig:
     """A job from YAML text."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    for secret in re.findall(r"\$\{oc\.env:\s*(\w*(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIAL)\w*)", " ".join([text, *overrides]), re.I):
-        raise SecurityError(
-            "DST-9007", "a job file must not read secrets", where=source, found=f"${{oc.env:{secret}}}",
-            do="Programs read credentials from the environment themselves: leave it out",
-        )  # fmt: skip
-    for override in overrides:
-        if not re.match(r"^[A-Za-z_][\w.-]*=", override):
-            raise ConfigError(
-                "DST-2004", "override cannot be understood", where=repr(override), expected="path.to.setting=value", found=override
-            )
-    try:
-        merged = OmegaConf.merge(OmegaConf.create(text or "{}"), OmegaConf.from_dotlist(list(overrides)))
-        content = OmegaConf.to_container(merged, resolve=True)
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(
-            "DST-2002", "job file cannot be read", where=source, expected="YAML", found=" ".join(str(error).split())
-        ) from error
-    if not isinstance(content, dict):
-        raise ConfigError("DST-2002", "job file cannot be read", where=source, expected="settings by name", found=type(content).__name__)
+    content = read_settings(text, overrides, source)
     try:
         return JobConfig.model_validate(content)
     except ValidationError as error:
@@ -180,9 +161,9 @@ def parse(text: str, overrides: Sequence[str], source: str) -> JobConfig:
 
 def dump(job: JobConfig) -> str:
     """The job as YAML, every setting written out; loads back to an equal job."""
-    import yaml
+    from omegaconf import OmegaConf
 
-    text: str = yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    text: str = OmegaConf.to_yaml(job.model_dump(mode="json"))
     return text
 
 
@@ -191,15 +172,18 @@ def _read(source: str) -> str:
     if path.suffix not in (".yaml", ".yml") and "/" not in source and source in recipes():
         return recipes()[source]
     try:
-        if path.stat().st_size > 1_000_000:
-            raise ConfigError(
-                "DST-2002", "job file cannot be read", where=source, expected="at most 1 MB", found=f"{path.stat().st_size} bytes"
-            )
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
         raise ConfigError(
             "DST-2001", "no such job", where=source, expected=f"a YAML file or a recipe ({', '.join(sorted(recipes()))})", found=str(error)
         ) from error
+    if len(content) > MAX_BYTES:
+        raise ConfigError("DST-2002", "job file cannot be read", where=source, expected=f"at most {MAX_BYTES} bytes", found="more")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError("DST-2002", "job file cannot be read", where=source, expected="UTF-8", found=str(error)) from error
 
 
 def _refusal(error: ValidationError, source: str) -> ConfigError:
@@ -215,10 +199,20 @@ def _refusal(error: ValidationError, source: str) -> ConfigError:
         elif one["type"] in ("missing", "value_error", "union_tag_not_found") or isinstance(one["input"], dict):
             problems.append(f"{path}: {message}" if path else message)
         else:
-            problems.append(f"{path}: {message}, got {one['input']!r}")
+            problems.append(f"{path}: {message}, got {_shown(one['input'])}")
+    if len(problems) > MAX_PROBLEMS:
+        problems = [*problems[:MAX_PROBLEMS], f"and {len(problems) - MAX_PROBLEMS} more"]
     return ConfigError(
         "DST-2005", "job file is refused", where=source, found="; ".join(problems), expected="a job as `distill schema` describes"
     )
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print numbers of thousands of digits
+        return "a number too long to print"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _path(location: Sequence[Any]) -> list[Any]:

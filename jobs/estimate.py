@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rich.table import Table
 
 from cluster import sources
 from distillation import models
-from distillation.config import LayersStudent, PretrainedStudent, ProbeStudent, ScratchStudent
+from distillation.config import LayersStudent, PretrainedStudent, ProbeStudent, ScratchStudent, TrainingConfig
 from distillation.models import read_config
 from distillation.students import chosen_layers
 from jobs.config import JobConfig
-from jobs.plan import Plan
+from jobs.counting import rows_by_split
+from jobs.plan import Plan, depth_of, width_of
 
 SAMPLE_ROWS = 512
+SPLITS = ("train", "validation", "test")
+ROW_BYTES = 56
+"""Of a stored row beside its text and token ids: id, label, length, offsets."""
 
 
 class Line(NamedTuple):
@@ -28,48 +34,53 @@ class Line(NamedTuple):
     note: str
 
 
+@dataclass(frozen=True)
+class Size:
+    """Of a corpus, by split."""
+
+    rows: Mapping[str, int]
+    tokens: Mapping[str, int]
+    labelled: int
+    """Rows of train with a label."""
+    bytes_per_row: float
+    exact: bool
+
+    @property
+    def per_row(self) -> float:
+        """Tokens of a row of train."""
+        return self.tokens["train"] / max(1, self.rows["train"])
+
+
 def lines(plan: Plan) -> list[Line]:
     """One line a stage. FLOPs: 2 per parameter outside the embeddings and token forward, 6 with the backward pass; attention left out."""
-    job = plan.job
-    rows, tokens, text_bytes, exact = _corpus_size(plan)
-    per_row = tokens / max(1, rows)
-    note = "" if exact else "estimated from a sample"
+    job, size = plan.job, corpus_size(plan)
     config = read_config(plan.model)
-    depth, width = _depth(config), int(config.get("hidden_size", config.get("dim", 0)))
-    body = _body_parameters(config)
-    train_rows = int(rows * _share(plan, "train"))
-    labelled = int(train_rows * job.corpus.labelled)
-    found = [Line("corpus", _state(plan, plan.corpus), rows, tokens, text_bytes, int(rows * text_bytes), 0.0, note)]
+    depth, body = depth_of(config) or 0, _body_parameters(config)
+    rows, tokens = sum(size.rows.values()), sum(size.tokens.values())
+    note = "" if size.exact else "estimated from a sample"
+    found = [Line("corpus", _state(plan, plan.corpus), rows, tokens, size.bytes_per_row, int(rows * size.bytes_per_row), 0.0, note)]
     if job.teacher.training:
-        seen = _rows_seen(job.teacher.training, labelled, per_row)
-        found.append(
-            Line("teacher", _state(plan, plan.teacher), seen, int(seen * per_row), 0, 0, 6.0 * body * seen * per_row, "fine-tuning")
-        )
+        found.append(_training_line("teacher", _state(plan, plan.teacher), job.teacher.training, size.labelled, size, body, "fine-tuning"))
     if plan.targets:
-        size = _target_bytes(job, plan, width)
-        asked = int(rows * (_share(plan, "train") + _share(plan, "validation")))
-        forward = 2.0 * body * asked * per_row
-        found.append(
-            Line(
-                "targets",
-                _state(plan, plan.targets),
-                asked,
-                int(asked * per_row),
-                size,
-                int(asked * size),
-                forward,
-                "once for all students",
-            )
-        )
+        asked, answered = (count["train"] + count["validation"] for count in (size.rows, size.tokens))
+        each = _target_bytes(job, plan, width_of(config) or 0)
+        state = _state(plan, plan.targets)
+        found.append(Line("targets", state, asked, answered, each, int(asked * each), 2.0 * body * answered, "once for all students"))
+    scored = size.labelled if all("labels" in loss.needs for loss in job.active_losses.values()) else size.rows["train"]
     for run in plan.runs:
-        share = _student_share(run.student, depth, body)
-        seen = _rows_seen(
-            job.training, labelled if all("labels" in loss.needs for loss in job.active_losses.values()) else train_rows, per_row
-        )
-        found.append(
-            Line(run.name, _state(plan, run.stage), seen, int(seen * per_row), 0, 0, 6.0 * body * share * seen * per_row, run.role)
-        )
+        parameters = body * _student_share(run.student, depth, body)
+        found.append(_training_line(run.name, _state(plan, run.stage), job.training, scored, size, parameters, run.role))
     return found
+
+
+def _training_line(name: str, state: str, training: TrainingConfig, rows: int, size: Size, parameters: float, note: str) -> Line:
+    if training.epochs is not None:
+        seen = rows * training.epochs
+        tokens = seen * size.per_row
+    else:
+        tokens = float((training.steps or 0) * training.batch_tokens)
+        seen = int(tokens / max(1.0, size.per_row))
+    return Line(name, state, seen, int(tokens), 0, 0, 6.0 * parameters * tokens, note)
 
 
 def table(name: str, found: list[Line]) -> Table:
@@ -97,42 +108,34 @@ def _state(plan: Plan, stage: Any) -> str:
     return "in the store" if plan.found(stage) else "to do"
 
 
-def _corpus_size(plan: Plan) -> tuple[int, int, float, bool]:
-    """Rows, tokens, bytes a row in the store, and whether they are exact."""
+def corpus_size(plan: Plan) -> Size:
+    """As the corpus in the store says, or from a sample of its sources before duplicates are dropped."""
     if (manifest := plan.found(plan.corpus)) is not None:
-        rows = sum(manifest.rows(split) for split in manifest.splits)
-        return rows, sum(manifest.tokens(split) for split in manifest.splits), manifest.total_bytes() / max(1, rows), True
+        rows = {split: manifest.rows(split) for split in SPLITS}
+        tokens = {split: manifest.tokens(split) for split in SPLITS}
+        return Size(rows, tokens, manifest.facts["labelled"]["train"], manifest.total_bytes() / max(1, sum(rows.values())), True)
     from transformers import AutoTokenizer
 
-    job, texts, rows = plan.job, [], 0.0
+    job, texts = plan.job, []
     units = sources.units(job.corpus, job.task)
+    counted = rows_by_split(units)
+    shares = {name: share for name in ("validation", "test") if isinstance(share := getattr(job.corpus, name), float)}
+    set_aside = {name: share * counted["train"] for name, share in shares.items()}
+    rows = {split: int(counted[split] + set_aside.get(split, 0) - (sum(set_aside.values()) if split == "train" else 0)) for split in SPLITS}
     for unit in units[:: max(1, len(units) // 4)][:4]:
         for found in sources.read(unit, job.task):
             texts += found.column("text").to_pylist()[: SAMPLE_ROWS // 4]
             break
-    mean_bytes = sum(len(text.encode()) for text in texts) / max(1, len(texts))
-    for unit in units:
-        rows += unit.stop - unit.start if unit.stop > unit.start else unit.bytes / max(1.0, mean_bytes)
     tokenizer = AutoTokenizer.from_pretrained(plan.model, trust_remote_code=False, local_files_only=True)
-    lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=job.task.max_length)["input_ids"]] if texts else [0]
-    mean_tokens = sum(lengths) / max(1, len(lengths))
-    return int(rows), int(rows * mean_tokens), mean_bytes + 4 * mean_tokens + 48, False
-
-
-def _share(plan: Plan, split: str) -> float:
-    if (manifest := plan.found(plan.corpus)) is not None:
-        return manifest.rows(split) / max(1, sum(manifest.rows(s) for s in manifest.splits))
-    shares = {name: value if isinstance(value := getattr(plan.job.corpus, name), float) else 0.1 for name in ("validation", "test")}
-    return {**shares, "train": 1 - sum(shares.values())}[split]
-
-
-def _rows_seen(training: Any, rows: int, tokens_per_row: float) -> int:
-    return int(rows * training.epochs if training.epochs else training.steps * training.batch_tokens / max(1.0, tokens_per_row))
+    lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=job.task.max_length)["input_ids"]] if texts else []
+    mean_tokens, mean_bytes = sum(lengths) / max(1, len(lengths)), sum(len(text.encode()) for text in texts) / max(1, len(texts))
+    tokens = {split: int(rows[split] * mean_tokens) for split in SPLITS}
+    return Size(rows, tokens, int(rows["train"] * job.corpus.labelled), mean_bytes + 4 * mean_tokens + ROW_BYTES, False)
 
 
 def _target_bytes(job: JobConfig, plan: Plan, width: int) -> float:
     """Of one row: id, logits, and what was asked of the features."""
-    if (manifest := plan.targets and plan.found(plan.targets)) is not None and manifest:
+    if plan.targets and (manifest := plan.found(plan.targets)) is not None:
         return manifest.total_bytes() / max(1, manifest.rows("train") + manifest.rows("validation"))
     targets, item = job.teacher.targets, {"float16": 2, "float32": 4}
     classes = len(job.task.labels or getattr(job.corpus, "packages", ()) or models.label_names(read_config(plan.model)) or (0, 0))
@@ -141,15 +144,11 @@ def _target_bytes(job: JobConfig, plan: Plan, width: int) -> float:
     return 36 + classes * item[targets.logits.dtype] + inner
 
 
-def _depth(config: dict[str, Any]) -> int:
-    return int(next(config[key] for key in ("num_hidden_layers", "n_layers", "n_layer") if key in config))
-
-
 def _body_parameters(config: dict[str, Any]) -> int:
     """Parameters outside the embeddings, from the sizes of a transformer: 4 h^2 attention and 2 h i feed forward a layer."""
-    width = int(config.get("hidden_size", config.get("dim", 0)))
+    width = width_of(config) or 0
     inner = int(config.get("intermediate_size", config.get("hidden_dim", 4 * width)))
-    return _depth(config) * (4 * width * width + 2 * width * inner)
+    return max(1, (depth_of(config) or 0) * (4 * width * width + 2 * width * inner))
 
 
 def _student_share(student: Any, depth: int, body: int) -> float:

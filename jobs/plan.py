@@ -10,12 +10,24 @@ from typing import Any, Literal
 
 from cluster.corpus import corpus_fingerprint
 from distillation import models, store
-from distillation.config import FitConfig, LayersStudent, PretrainedStudent, ProbeStudent, ScratchStudent, TrainingConfig
+from distillation.config import (
+    FitConfig,
+    LayersStudent,
+    PatientKD,
+    PretrainedStudent,
+    ProbeStudent,
+    ScratchStudent,
+    TeacherConfig,
+    TrainingConfig,
+)
 from distillation.errors import ConfigError, InputError
 from distillation.storage import Storage
 from distillation.store import Manifest
 from distillation.students import chosen_layers
 from jobs.config import JobConfig
+
+PADDED_POSITIONS = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "longformer"})
+"""Architectures that count positions from behind the padding token's id, and so have fewer than they say."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +124,7 @@ def make_plan(job: JobConfig) -> Plan:
     if not (job.cluster.storage.startswith(("/", "~")) or "://" in job.cluster.storage):
         job = job.model_copy(update={"cluster": job.cluster.model_copy(update={"storage": str(Path(job.cluster.storage).resolve())})})
     storage = Storage(job.cluster.storage)
-    flags = {"trust_remote_code": job.teacher.trust_remote_code, "pickled_weights": job.teacher.pickled_weights}
-    model = models.locate(job.teacher.model, revision=job.teacher.revision, **flags)
+    model = _locate(job.teacher)
     _check_model(job, model)
     corpus = _stage("corpora", *corpus_fingerprint(job.corpus, job.task, model))
     training = job.teacher.training
@@ -169,37 +180,86 @@ def _losses(losses: Mapping[str, Any]) -> dict[str, Any]:
 def _student(student: Any) -> dict[str, Any]:
     settings: dict[str, Any] = student.model_dump(mode="json")
     if isinstance(student, PretrainedStudent):
-        flags = {"trust_remote_code": student.trust_remote_code, "pickled_weights": student.pickled_weights}
-        settings["weights"] = models.weights_fingerprint(models.locate(student.model, revision=student.revision, **flags))
+        settings["weights"] = models.weights_fingerprint(_locate(student))
     return settings
+
+
+def _locate(model: TeacherConfig | PretrainedStudent) -> Path:
+    flags = {"trust_remote_code": model.trust_remote_code, "pickled_weights": model.pickled_weights}
+    return models.locate(model.model, revision=model.revision, **flags)
+
+
+def depth_of(config: Mapping[str, Any]) -> int | None:
+    """Layers of a model by its config.json; None where it does not say."""
+    found = next((config[key] for key in ("num_hidden_layers", "n_layers", "n_layer") if key in config), None)
+    return found if isinstance(found, int) else None
+
+
+def width_of(config: Mapping[str, Any]) -> int | None:
+    """Width of the hidden states by config.json."""
+    found = next((config[key] for key in ("hidden_size", "dim", "n_embd") if key in config), None)
+    return found if isinstance(found, int) else None
 
 
 def _check_model(job: JobConfig, folder: Path) -> None:
     """Whatever of the job can be held against config.json alone."""
     config = models.read_config(folder)
-    depth = next((config[key] for key in ("num_hidden_layers", "n_layers", "n_layer") if key in config), None)
-    if not isinstance(depth, int):
+    depth = depth_of(config)
+    if depth is None:
         raise InputError(
             "DST-3211", "architecture cannot be cut into layers", where=str(folder), expected="num_hidden_layers in config.json"
         )
-    for student in job.all_students.values():
-        if isinstance(student, LayersStudent):
-            chosen_layers(student, depth)
-        if isinstance(student, ScratchStudent) and any(loss.type == "pkd" for loss in job.losses.values()):
-            width = next((config[key] for key in ("hidden_size", "dim", "n_embd") if key in config), None)
-            if width != student.hidden_size:
-                raise ConfigError(
-                    "DST-2013", "pkd compares hidden states of one width", where="student.hidden_size", expected=str(width),
-                    found=str(student.hidden_size), do="Use the teacher's width, or another loss",
-                )  # fmt: skip
+    _check_length(job.task.max_length, config, folder)
+    for name, student in job.all_students.items():
+        _check_student(job, name, student, config, depth)
     features = job.teacher.targets.features
-    if features and features.layers and max(features.layers) >= depth:
+    if features and (absent := [layer for layer in features.layers if not 0 <= layer < depth]):
         raise ConfigError(
             "DST-2011", "teacher has no such layer", where="teacher.targets.features.layers", expected=f"layers 0 to {depth - 1}",
-            found=str(max(features.layers)), do="Name other layers",
+            found=str(absent), do="Name other layers",
         )  # fmt: skip
     if not job.teacher.training:
         names = models.label_names(config)
         if job.task.labels is not None:
             count = len(config.get("id2label") or {}) or config.get("num_labels") or 2
             models.label_order(names, count, job.task.labels, str(folder))
+
+
+def _check_student(job: JobConfig, name: str, student: Any, config: Mapping[str, Any], depth: int) -> None:
+    own_depth, own_width = None, width_of(config)
+    if isinstance(student, LayersStudent):
+        own_depth = len(chosen_layers(student, depth))
+    if isinstance(student, ScratchStudent):
+        own_depth, own_width = student.layers, student.hidden_size
+    if isinstance(student, PretrainedStudent):
+        folder = _locate(student)
+        own = models.read_config(folder)
+        own_depth, own_width = depth_of(own), width_of(own)
+        _check_length(job.task.max_length, own, folder)
+    for loss in job.active_losses.values():
+        if not isinstance(loss, PatientKD):
+            continue
+        if own_width != width_of(config):
+            raise ConfigError(
+                "DST-2013", "pkd compares hidden states of one width", where=f"{name}: hidden_size", expected=str(width_of(config)),
+                found=str(own_width), do="Use the teacher's width, or another loss",
+            )  # fmt: skip
+        if own_depth is not None and (absent := [layer for layer in loss.layers if not 0 <= layer < own_depth]):
+            raise ConfigError(
+                "DST-2012", "student has no such layer", where=f"{name}: losses", expected=f"layers 0 to {own_depth - 1}",
+                found=str(absent), do="Change the layer map of the loss",
+            )  # fmt: skip
+
+
+def _check_length(max_length: int, config: Mapping[str, Any], folder: Path) -> None:
+    """Positions beyond those a model was made for end in an index error on a worker, after everything else was computed."""
+    positions = next((config[key] for key in ("max_position_embeddings", "n_positions") if key in config), None)
+    if not isinstance(positions, int) or positions < 1:
+        return
+    if config["model_type"] in PADDED_POSITIONS:
+        positions -= int(config.get("pad_token_id") or 0) + 1
+    if max_length > positions:
+        raise ConfigError(
+            "DST-2014", "rows are longer than the model can read", where="task.max_length", expected=f"at most {positions} for {folder}",
+            found=str(max_length), do="Lower task.max_length, or use a model with more positions",
+        )  # fmt: skip

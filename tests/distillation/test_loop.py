@@ -1,0 +1,235 @@
+"""The loop: resume is bitwise, the cut into microbatches changes nothing, live teacher and store give the same gradient."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from distillation import fit, models
+from distillation.checkpoints import Checkpoints
+from distillation.config import Features, PatientKD, PretrainedStudent, ProbeStudent, TargetsConfig, TrainingConfig
+from distillation.errors import DivergedError, InputError
+from distillation.loop import LocalSession, learning_rate
+from distillation.losses import scored, weigh
+from distillation.signals import UNLABELLED, Classifier, Outputs, observe
+from distillation.storage import Storage
+from tests.tiny import LOSSES, model_folder, rows_of, settings, world
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    features = TargetsConfig(features=Features(layers=(1, 3), pooled=True, dtype="float32"))
+    return world(tmp_path_factory.mktemp("world"), labelled=0.5, config=features)
+
+
+def trained(storage, name, session=None, **changes):
+    session = session or LocalSession()
+    result = fit.train(settings(storage, name, **changes), session, {})
+    return result, session.history, load_file(fit.model_folder(storage, f"students/{name}") / "model.safetensors")
+
+
+def faster(**changes):
+    base = {"epochs": 3, "batch_tokens": 256, "learning_rate": 3e-3, "log_every": 1, "checkpoint_every": 0, "precision": "fp32"}
+    return TrainingConfig(**{**base, **changes})
+
+
+def losses_of(history):
+    return [metrics["train/loss"] for _, metrics in history if "train/loss" in metrics]
+
+
+class Stopped(Exception):
+    pass
+
+
+class StoppingSession(LocalSession):
+    """Dies right after it reported a step, as a killed process would."""
+
+    def __init__(self, step):
+        super().__init__()
+        self._step = step
+
+    def report(self, metrics, step):
+        super().report(metrics, step)
+        if step == self._step and "train/loss" in metrics:
+            raise Stopped
+
+
+def test_a_student_learns_and_a_finished_run_is_not_repeated(storage):
+    result, history, _ = trained(storage, "learns", training=faster(epochs=8))
+    losses = losses_of(history)
+    assert losses[-1] < 0.5 * losses[0]
+    assert result["validation/accuracy"] > 0.6
+    assert {"validation/agreement", "validation/kl_to_teacher", "validation/nll"} <= set(result)
+    again = LocalSession()
+    assert fit.train(settings(storage, "learns", training=faster(epochs=8)), again, {}) == result
+    assert again.history == []
+
+
+@pytest.mark.parametrize("stop", [1, 7, 12])
+def test_stopped_in_mid_epoch_and_resumed_is_bitwise_the_same(storage, stop):
+    plan = faster(checkpoint_every=3, dropout=0.1)
+    _, whole, weights = trained(storage, f"whole-{stop}", training=plan)
+    first = StoppingSession(stop)
+    with pytest.raises(Stopped):
+        trained(storage, f"cut-{stop}", first, training=plan)
+    second = LocalSession()
+    result, _, resumed = trained(storage, f"cut-{stop}", second, training=plan)
+    at = stop // 3 * 3  # a checkpoint is written after the report of its step; at 12 the process died before
+    at = at - 3 if stop % 3 == 0 else at
+    assert result["resumed_at"] == at
+    assert losses_of(first.history)[:at] == losses_of(whole)[:at]
+    assert losses_of(second.history) == losses_of(whole)  # what came before the checkpoint is reported again: it may not have arrived
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+    assert len(storage.list(f"students/cut-{stop}.checkpoints")) == 0
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_kept(storage, capsys):
+    plan = faster(checkpoint_every=3)
+    with pytest.raises(Stopped):
+        trained(storage, "hurt", StoppingSession(8), training=plan)
+    folder = "students/hurt.checkpoints"
+    assert storage.list(folder) == ["step-00000003", "step-00000006"]
+    path = storage.fetch(f"{folder}/step-00000006/weights.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 1
+    path.write_bytes(content)
+    session = LocalSession()
+    result, _, _ = trained(storage, "hurt", session, training=plan)
+    assert result["resumed_at"] == 3
+    assert "step-00000006 is passed over" in capsys.readouterr().out
+
+
+def test_checkpoints_of_another_run_are_not_taken(storage, capsys):
+    plan = faster(checkpoint_every=3)
+    with pytest.raises(Stopped):
+        trained(storage, "other", StoppingSession(5), training=plan)
+    result, _, _ = trained(storage, "other", training=plan, fingerprint="changed")
+    assert result["resumed_at"] == 0
+    assert "is of another run" in capsys.readouterr().out
+
+
+def test_checkpoints_hold_no_pickle_and_a_readable_position(storage):
+    with pytest.raises(Stopped):
+        trained(storage, "look", StoppingSession(8), training=faster(checkpoint_every=3))
+    names = storage.list("students/look.checkpoints/step-00000006")
+    assert names == ["history.json", "manifest.json", "optimizer.safetensors", "position.json", "weights.safetensors"]
+    position = json.loads(storage.read("students/look.checkpoints/step-00000006/position.json"))
+    assert position["step"] == 6
+    assert [step for step, _ in json.loads(storage.read("students/look.checkpoints/step-00000006/history.json"))] == [1, 2, 3, 4, 5, 6]
+
+
+def test_microbatches_change_nothing(storage):
+    _, whole, _ = trained(storage, "micro-whole")
+    _, pieces, _ = trained(storage, "micro-cut", training=faster(microbatch_tokens=40))
+    assert losses_of(pieces) == pytest.approx(losses_of(whole), rel=1e-5)
+
+
+def test_live_teacher_and_store_give_the_same_gradient(storage):
+    losses = {**LOSSES, "inner": PatientKD(type="pkd", weight=0.5, layers={0: 1, 1: 3})}
+    rows = rows_of(storage)
+    stored = rows.batch(np.arange(20))
+    teacher = Classifier(models.load_classifier(fit.model_folder(storage, "teachers/t")), layers=(1, 3), pooled=True)
+    live = observe(teacher, stored, bf16=False)
+    assert torch.allclose(live.pooled, stored.signal.pooled, atol=1e-6)
+
+    def gradient(signal):
+        logits = torch.linspace(-1, 1, 60).reshape(20, 3).requires_grad_()
+        hidden = torch.linspace(-1, 2, 20 * 2 * 16).reshape(20, 2, 16).requires_grad_()
+        batch = type(stored)(stored.ids, stored.input_ids, stored.attention_mask, stored.labels, signal)
+        counts = {name: scored(loss, stored.labels) for name, loss in losses.items()}
+        weigh(losses, Outputs(logits, hidden), batch, counts)[0].backward()
+        return torch.cat([logits.grad.flatten(), hidden.grad.flatten()])
+
+    ours, its = gradient(stored.signal), gradient(live)
+    assert (ours - its).norm() / its.norm() < 1e-3  # logits are stored as float16
+    precise = type(live)(stored.signal.logits.float(), stored.signal.hidden, live.layers, stored.signal.pooled)
+    assert (precise.logits - live.logits).abs().max() < 2**-11 * 8  # half a unit of float16 below 8
+
+
+def test_labels_alone_use_labelled_rows_only(storage):
+    only = {"hard": LOSSES["hard"]}
+    result, history, _ = trained(storage, "labels", losses=only, targets=None)
+    both, _, _ = trained(storage, "both")
+    assert result["steps"] < both["steps"]
+    assert "validation/agreement" not in result
+    assert losses_of(history)[0] == pytest.approx(0.3 * history[0][1]["train/loss/hard"])
+
+
+def test_hidden_states_and_probe_train_from_the_store(storage):
+    inner = {"inner": PatientKD(type="pkd", layers={0: 1, 1: 3})}
+    _, history, _ = trained(storage, "inner", losses=inner)
+    assert losses_of(history)[-1] < losses_of(history)[0]
+    result, _, weights = trained(storage, "probe", student=ProbeStudent(type="probe"), training=faster(epochs=10, learning_rate=0.05))
+    assert result["validation/accuracy"] > 0.5
+    teacher = load_file(fit.model_folder(storage, "teachers/t") / "model.safetensors")
+    assert torch.equal(weights["bert.embeddings.word_embeddings.weight"], teacher["bert.embeddings.word_embeddings.weight"])
+    assert not torch.equal(weights["classifier.weight"], teacher["classifier.weight"])
+
+
+def test_a_store_without_the_layer_and_a_foreign_corpus(storage):
+    with pytest.raises(InputError, match=r"DST-3214.*expected \[0\] but found \[1, 3\]"):
+        trained(storage, "nolayer", losses={"inner": PatientKD(type="pkd", layers={0: 0})})
+    manifest = json.loads(storage.read("targets/t/manifest.json"))
+    from distillation import store
+
+    facts = {**manifest["facts"], "corpus": "someone else's"}
+    found = store.find(storage, "targets/t")
+    store.commit(storage, "targets/foreign", found.model_copy(update={"facts": facts, "splits": {}}))
+    with pytest.raises(InputError, match=r"DST-3110.*expected c but found someone else's"):
+        trained(storage, "foreign", targets="targets/foreign")
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_rows(storage, tmp_path):
+    folder = model_folder(tmp_path / "broken", layers=2)
+    weights = load_file(folder / "model.safetensors")
+    weights["bert.embeddings.word_embeddings.weight"][30] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DivergedError, match=r"DST-4001.*step \d+, rows [0-9a-f]{32}.*Lower training.learning_rate"):
+        trained(storage, "nan", student=PretrainedStudent(type="pretrained", model=str(folder)))
+
+
+def test_no_rows_to_train_on(storage):
+    rows = rows_of(storage, with_targets=False)
+    rows.labels[:] = -1
+    from distillation.loop import Fit
+
+    with pytest.raises(InputError, match="DST-3302"):
+        Fit(torch.nn.Linear(1, 1), rows, None, {"hard": LOSSES["hard"]}, faster(), LocalSession(), None).run()
+
+
+def test_unlabelled_rows_reach_the_batch_as_such(storage):
+    batch = rows_of(storage).batch(np.arange(120))
+    assert int((batch.labels == UNLABELLED).sum()) == 60
+    assert batch.signal.logits.dtype == torch.float16
+    assert batch.attention_mask.sum(1).tolist() == rows_of(storage).lengths.tolist()
+
+
+def test_learning_rate_by_hand():
+    plan = TrainingConfig(steps=10, learning_rate=1.0, warmup=0.2, decay="linear")
+    assert [learning_rate(step, 10, plan) for step in (0, 1, 2, 6, 9)] == pytest.approx([0.5, 1.0, 1.0, 0.5, 0.125])
+    cosine = plan.model_copy(update={"decay": "cosine"})
+    assert learning_rate(6, 10, cosine) == pytest.approx(0.5)
+    assert learning_rate(9, 10, plan.model_copy(update={"decay": "constant"})) == 1.0
+
+
+def test_what_a_checkpoint_could_not_write_is_raised(storage, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    module = torch.nn.Linear(2, 2)
+    checkpoints = Checkpoints(Storage(str(blocked / "below")), "c", "f")
+    from distillation.checkpoints import Position
+    from distillation.errors import StorageError
+
+    checkpoints.save(module, torch.optim.AdamW(module.parameters()), Position(1, 0, 1), LocalSession())
+    with pytest.raises(StorageError, match="DST-5002"):
+        checkpoints.close()

@@ -1,0 +1,340 @@
+"""The main job as a user runs it: from files and a model folder to students, a table, a report and runs in MLflow; again, changed, killed."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from mlflow import MlflowClient
+from safetensors.torch import load_file, save_file
+
+from distillation import store
+from distillation.storage import Storage
+from jobs.config import load
+from jobs.plan import Plan, make_plan
+from tests.tiny import LABELS, model_folder, texts
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+JOB = {
+    "name": "tiny",
+    "task": {"type": "text_classification", "max_length": 32},
+    "corpus": {
+        "type": "files", "train": ["labelled.csv", "unlabelled.jsonl"], "validation": "validation.csv", "test": "test.jsonl",
+        "part_rows": 64,
+    },
+    "teacher": {
+        "model": "./model",
+        "training": {"epochs": 8, "batch_tokens": 512, "learning_rate": 3e-3, "log_every": 1},
+        "targets": {"features": {"layers": [1], "pooled": True}},
+    },
+    "students": {"cut": {"type": "layers", "layers": [0, 3]}, "probe": {"type": "probe"}},
+    "losses": {"hard": {"type": "cross_entropy", "weight": 0.3}, "soft": {"type": "forward_kl", "weight": 0.7, "temperature": 2.0}},
+    "training": {
+        "epochs": 2, "batch_tokens": 256, "learning_rate": 3e-3, "log_every": 1, "evaluate_every": 10, "checkpoint_every": 10,
+        "precision": "fp32",
+    },
+    "evaluation": {"repeats": 10, "threads": 1},
+    "cluster": {"cpus_per_worker": 1, "storage": "storage"},
+}  # fmt: skip
+
+
+@dataclass
+class Place:
+    """A user's folder, from which jobs are run."""
+
+    folder: Path
+
+    @property
+    def storage(self):
+        return Storage(str(self.folder / "storage"))
+
+    def environment(self, **changes):
+        # As on a user's machine: Ray is not told how to authenticate.
+        kept = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+        return {**kept, "HOME": str(self.folder / "home"), "PYTHONPATH": str(ROOT), "COLUMNS": "120", **changes}
+
+    def start(self, *arguments, **changes):
+        command = [sys.executable, "-m", "jobs", *arguments]
+        # A session of its own, so that Ctrl-C can be sent to all of it as a terminal does.
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+        return subprocess.Popen(command, cwd=self.folder, env=self.environment(**changes), **pipes)
+
+    def run(self, *arguments, **changes):
+        """Output and seconds of a command that must succeed."""
+        started = time.monotonic()
+        process = self.start(*arguments, **changes)
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+        assert "Traceback" not in output
+        return output, time.monotonic() - started
+
+    def plan(self, *overrides) -> Plan:
+        before = Path.cwd()
+        os.chdir(self.folder)
+        try:
+            return make_plan(load("job.yaml", overrides))
+        finally:
+            os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "home").mkdir()
+    model_folder(folder / "model", labels=("x", "y"))
+    rows = texts(460)
+    for name, some in {"labelled.csv": rows[:200], "validation.csv": rows[320:370]}.items():
+        with (folder / name).open("w", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *some])
+    for name, some in {"unlabelled.jsonl": [(text, None) for text, _ in rows[200:320]], "test.jsonl": rows[370:]}.items():
+        (folder / name).write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in some))
+    (folder / "job.yaml").write_text(yaml.safe_dump(JOB))
+    return Place(folder)
+
+
+@pytest.fixture(scope="module")
+def first(place):
+    return place.run("run", "job.yaml")
+
+
+class Recorded:
+    """The runs of a job in MLflow, by the end of their key."""
+
+    def __init__(self, place, plan, uri=None):
+        self.client = MlflowClient(uri or f"sqlite:///{place.folder}/storage/mlflow.db")
+        self.experiment = self.client.get_experiment_by_name(plan.job.name)
+        every = self.client.search_runs([self.experiment.experiment_id])
+        self.parents = [run for run in every if "mlflow.parentRunId" not in run.data.tags]
+        key = f"{plan.job.name}/{plan.fingerprint}"
+        (self.parent,) = [run for run in self.parents if run.data.tags["distillery.run"] == key]
+        mine = [run for run in every if run.data.tags.get("mlflow.parentRunId") == self.parent.info.run_id]
+        self.children = {run.data.tags["distillery.run"].removeprefix(f"{key}/"): run for run in mine}
+
+    def steps(self, name, metric="train/loss"):
+        return [point.step for point in self.client.get_metric_history(self.children[name].info.run_id, metric)]
+
+    def points(self):
+        runs = [self.parent, *self.children.values()]
+        return sum(len(self.client.get_metric_history(run.info.run_id, metric)) for run in runs for metric in run.data.metrics)
+
+    def artifacts(self, run, folder=None):
+        return {file.path for file in self.client.list_artifacts(run.info.run_id, folder)}
+
+
+def result_of(place, plan, name):
+    (run,) = [run for run in plan.runs if run.name == name]
+    return store.find(place.storage, run.stage.folder).facts["result"]
+
+
+def evaluated(place, name="tiny"):
+    return {e["name"]: e for e in json.loads((place.folder / "storage/runs" / name / "evaluation.json").read_text())}
+
+
+def test_a_job_ends_with_a_table_and_says_where_to_look(place, first):
+    output, _ = first
+    plain = re.sub(r"\s+", " ", output)
+    assert "corpus: train 320, validation 50, test 90 rows (200 of train labelled)" in plain
+    assert "370 rows answered" in plain
+    for name in ("teacher", "cut-baseline", "cut", "probe-baseline", "probe"):
+        assert re.search(rf"^ ?{name} +\d+\.\d ±", output, re.M), name
+    assert f"report          {place.folder}/storage/runs/tiny/report.html" in output
+    assert "MLflow runs     http://127.0.0.1:5000/#/experiments/1/runs" in output
+    assert "compare-runs" in output
+    found = evaluated(place)
+    assert found["teacher"]["quality"]["accuracy"] > 0.7
+    assert found["cut"]["against"]["agreement"] > 0.6
+    assert found["probe"]["against"]["agreement"] > 0.6
+    assert found["cut"]["baseline"] == "cut-baseline"
+
+
+def test_students_serve_under_plain_transformers(place, first):
+    from transformers import pipeline
+
+    for name in ("cut", "probe"):
+        folder = place.folder / "storage/runs/tiny/students" / name
+        answers = pipeline("text-classification", model=str(folder))(["w5 w6 w7 w8", "w17 w18 w19 w20", "w29 w30 w31 w32"])
+        assert [answer["label"] for answer in answers] == list(LABELS)
+    assert (place.folder / "storage/runs/tiny/report.html").stat().st_size > 50_000
+
+
+def test_everything_is_in_mlflow(place, first):
+    recorded = Recorded(place, place.plan())
+    assert len(recorded.parents) == 1
+    assert set(recorded.children) == {"teacher", "cut", "cut-baseline", "probe", "probe-baseline"}
+    assert {run.info.status for run in [recorded.parent, *recorded.children.values()]} == {"FINISHED"}
+    params = recorded.parent.data.params
+    assert (params["training.epochs"], params["losses.soft.temperature"], params["corpus.part_rows"]) == ("2", "2.0", "64")
+    assert {(i.dataset.name, i.tags[0].value) for i in recorded.parent.inputs.dataset_inputs} == {
+        ("corpus", "training"),
+        ("targets", "teacher"),
+    }
+    assert {"report.html", "evaluation.json", "job.yaml", "figures"} <= recorded.artifacts(recorded.parent)
+    assert "figures/learning_curves.png" in recorded.artifacts(recorded.parent, "figures")
+    for name, run in recorded.children.items():
+        kinds = {metric.split("/")[0] for metric in run.data.metrics}
+        assert {"train", "validation", "test", "cost"} <= kinds, name
+        assert recorded.steps(name) == list(range(1, int(run.data.params["derived.steps"]) + 1)), name
+        assert recorded.steps(name, "test/accuracy") == [0]
+    cut = recorded.children["cut"]
+    assert recorded.children["cut-baseline"].data.params["derived.steps"] == cut.data.params["derived.steps"]
+    assert recorded.steps("cut", "validation/agreement")[0] == 10
+    assert "losses.soft.weight" in cut.data.params
+    assert "losses.soft.weight" not in recorded.children["cut-baseline"].data.params
+    assert cut.data.metrics["test/accuracy"] == evaluated(place)["cut"]["quality"]["accuracy"]
+    models = recorded.client.search_logged_models([recorded.experiment.experiment_id])
+    assert {model.name: str(model.status) for model in models} == {"cut": "READY", "probe": "READY"}
+
+
+def test_nothing_is_left_in_the_home_folder_and_by_ray(place, first):
+    written = [str(path.relative_to(place.folder / "home")) for path in (place.folder / "home").rglob("*") if path.is_file()]
+    assert [path for path in written if "ray" in path.lower() or "token" in path.lower()] == []
+    assert place.storage.list(".ray") == []
+    assert sorted(path.name for path in place.folder.iterdir()) == sorted(
+        ["home", "job.yaml", "labelled.csv", "model", "storage", "test.jsonl", "unlabelled.jsonl", "validation.csv"]
+    )
+
+
+def test_again_finds_everything(place, first):
+    recorded = Recorded(place, place.plan())
+    points, runs = recorded.points(), len(recorded.parents) + len(recorded.children)
+    output, seconds = place.run("run", "job.yaml")
+    for line in ("corpus", "teacher", "targets of 370 rows", "student cut", "baseline cut-baseline", "student probe", "evaluation"):
+        assert re.search(rf"^found {line}", output, re.M), line
+    assert not re.search(r"^done (teacher|targets|student|baseline|corpus|evaluation)", output, re.M)
+    assert seconds < 0.6 * first[1]
+    again = Recorded(place, place.plan())
+    assert (again.points(), len(again.parents) + len(again.children)) == (points, runs)
+    assert again.parent.info.status == "FINISHED"
+    assert re.findall(r"^(?:teacher|cut|probe)\S* .*$", output, re.M) == re.findall(r"^(?:teacher|cut|probe)\S* .*$", first[0], re.M)
+
+
+def killed(process):
+    """SIGKILL for a command, then for all that it started, as when a machine is lost."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    for one in family:
+        try:
+            one.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(family, 20)
+
+
+def started_until(place, file, *arguments):
+    """A command that has gone on until there is a file in the storage, or a later one of its kind."""
+    process = place.start(*arguments)
+    deadline = time.monotonic() + 120
+    folder, _, name = file.rpartition("/")
+    while not [one for one in place.storage.list(folder) if one >= name]:
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(process.communicate()[0])
+        time.sleep(0.01)
+    return process
+
+
+def test_changed_and_killed_in_training_it_goes_on_from_the_checkpoint(place, first):
+    change = "training.epochs=60"
+    before = store.find(place.storage, place.plan().runs[0].stage.folder)
+    plan = place.plan(change)
+    student = plan.runs[0].stage.folder
+    stopped = started_until(place, f"{student}.checkpoints/step-00000020", "run", "job.yaml", change)
+    os.killpg(stopped.pid, signal.SIGINT)
+    output, _ = stopped.communicate(timeout=30)
+    assert stopped.returncode == 75, output
+    assert output.endswith("interrupted; run the same command again to go on from the last checkpoint\n")
+    assert "Traceback" not in output
+    reached = int(place.storage.list(f"{student}.checkpoints")[-1].removeprefix("step-"))
+
+    killed(started_until(place, f"{student}.checkpoints/step-{reached + 40:08d}", "run", "job.yaml", change))
+    assert store.find(place.storage, student) is None
+
+    output, _ = place.run("run", "job.yaml", change)
+    for line in ("corpus", "teacher", "targets of 370 rows"):
+        assert re.search(rf"^found {line}", output, re.M), line
+    assert re.search(r"^done student cut ", output, re.M)
+    result = result_of(place, plan, "cut")
+    assert result["resumed_at"] >= reached + 40 >= 60
+    assert result["resumed_at"] % 10 == 0
+    assert result["steps"] == 30 * before.facts["result"]["steps"]
+    recorded = Recorded(place, plan)
+    assert len(recorded.parents) == 2
+    assert recorded.parent.info.status == "FINISHED"
+    for name, run in recorded.children.items():
+        assert recorded.steps(name) == list(range(1, int(run.data.params["derived.steps"]) + 1)), name
+
+
+def adopted(place, name, **changes):
+    """A job whose teacher is the one just trained, with its labels in another order; the student is a copy of it that hardly trains."""
+    trained = place.folder / "storage" / place.plan().teacher.folder
+    folder = place.folder / "turned"
+    if not folder.exists():
+        order = [2, 0, 1]
+        model_folder(folder)
+        tensors = load_file(trained / "model.safetensors")
+        tensors["classifier.weight"], tensors["classifier.bias"] = tensors["classifier.weight"][order], tensors["classifier.bias"][order]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((trained / "config.json").read_text())
+        names = [LABELS[i] for i in order]
+        config |= {"id2label": dict(enumerate(names)), "label2id": {label: i for i, label in enumerate(names)}}
+        (folder / "config.json").write_text(json.dumps(config))
+    job = {
+        **JOB, "name": name, "teacher": {"model": "turned"}, "students": {"copy": {"type": "layers", "layers": [0, 1, 2, 3]}},
+        "training": {"steps": 2, "batch_tokens": 256, "learning_rate": 1e-6, "precision": "fp32"}, "baseline": False, **changes,
+    }  # fmt: skip
+    (place.folder / f"{name}.yaml").write_text(yaml.safe_dump(job))
+    return f"{name}.yaml"
+
+
+def test_a_teacher_with_its_labels_in_another_order_is_matched_by_name(place, first):
+    output, _ = place.run("run", adopted(place, "adopted"))
+    assert re.search(r"^found corpus", output, re.M)
+    found = evaluated(place, "adopted")
+    assert found["teacher"]["quality"]["accuracy"] == evaluated(place)["teacher"]["quality"]["accuracy"]
+    assert found["copy"]["against"]["agreement"] > 0.97
+    assert found["copy"]["labels"] == list(LABELS)
+
+
+def test_a_job_with_its_storage_in_an_object_store(place, first):
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        urllib.request.urlopen(urllib.request.Request(f"http://{host}:{port}/bucket", method="PUT")).close()
+        uri = f"s3://bucket/here?scheme=http&endpoint_override={host}:{port}&region=us-east-1"
+        job = adopted(
+            place, "remote", cluster={"cpus_per_worker": 1, "storage": uri}, tracking={"uri": f"sqlite:///{place.folder}/remote.db"}
+        )
+        keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "DISTILLERY_CACHE": str(place.folder / "cache")}
+        output, _ = place.run("run", job, **keys)
+        assert re.search(r"^done student copy", output, re.M)
+        again, _ = place.run("run", job, **keys)
+        assert re.search(r"^found student copy", again, re.M)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in keys.items():
+                patch.setenv(name, value)
+            remote = Storage(uri)
+            assert {"corpora", "runs", "students", "targets", "teachers"} <= set(remote.list(""))
+            assert remote.list("runs/remote") == ["evaluation.json", "job.yaml", "report.html", "students"]
+            assert "model.safetensors" in remote.list("runs/remote/students/copy")
+            found = {e["name"]: e for e in json.loads(remote.read("runs/remote/evaluation.json"))}
+        assert found["copy"]["against"]["agreement"] > 0.97
+    finally:
+        server.stop()

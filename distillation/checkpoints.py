@@ -60,11 +60,15 @@ class Checkpoints:
         self._writer = threading.Thread(target=self._write, args=(weights, moments, position, list(self.history)), name="checkpoint")
         self._writer.start()
 
-    def close(self) -> None:
-        """Wait until what was saved is committed."""
+    def wait(self) -> None:
+        """Until what was saved is committed, or has failed."""
         if self._writer is not None:
             self._writer.join()
             self._writer = None
+
+    def close(self) -> None:
+        """Wait, and raise what went wrong."""
+        self.wait()
         if self._failed:
             raise self._failed.pop()
 

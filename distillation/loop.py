@@ -123,6 +123,13 @@ class Fit:
 
         Raises DivergedError at the first loss or gradient that is not finite; weights are those of the step before.
         """
+        try:
+            return self._train()
+        finally:
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
+
+    def _train(self) -> dict[str, float]:
         training, session = self.training, self.session
         only_labels = all("labels" in loss.needs for loss in self.losses.values())
         schedule = Schedule(self.rows, self.rows.labelled if only_labels else np.arange(len(self.rows)), training)

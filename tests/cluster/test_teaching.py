@@ -32,7 +32,8 @@ from tests import tiny
 from tests.tiny import LABELS, TASK, bert, model_folder
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.ray
+# Ray Data warns of its own old settings whenever it makes its context, also with the defaults.
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]
 FEATURES = TargetsConfig(features=Features(layers=(1, 3), pooled=True, dtype="float32"))
 
 

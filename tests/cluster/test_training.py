@@ -25,7 +25,8 @@ from distillation.errors import ClusterError, InputError
 from tests.tiny import rows_of, settings, world
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.ray
+# Ray Data warns of its own old settings whenever it makes its context, also with the defaults.
+pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]
 
 
 @pytest.fixture(scope="module")

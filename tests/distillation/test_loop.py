@@ -65,13 +65,16 @@ class StoppingSession(LocalSession):
 
 
 def test_a_student_learns_and_a_finished_run_is_not_repeated(storage):
-    result, history, _ = trained(storage, "learns", training=faster(epochs=8))
+    soft = {"losses": {"soft": LOSSES["soft"]}, "training": faster(epochs=12)}
+    result, history, _ = trained(storage, "learns", **soft)
     losses = losses_of(history)
-    assert losses[-1] < 0.5 * losses[0]
-    assert result["validation/accuracy"] > 0.6
-    assert {"validation/agreement", "validation/kl_to_teacher", "validation/nll"} <= set(result)
+    assert losses[-1] < 0.2 * losses[0]
+    assert result["validation/agreement"] >= 0.8
+    assert result["validation/kl_to_teacher"] < 0.1
+    hard, _, _ = trained(storage, "labels-learn", losses={"hard": LOSSES["hard"]}, targets=None, training=faster(epochs=12))
+    assert hard["validation/accuracy"] > 0.6  # one in three by chance
     again = LocalSession()
-    assert fit.train(settings(storage, "learns", training=faster(epochs=8)), again, {}) == result
+    assert fit.train(settings(storage, "learns", **soft), again, {}) == result
     assert again.history == []
 
 
@@ -169,8 +172,9 @@ def test_hidden_states_and_probe_train_from_the_store(storage):
     inner = {"inner": PatientKD(type="pkd", layers={0: 1, 1: 3})}
     _, history, _ = trained(storage, "inner", losses=inner)
     assert losses_of(history)[-1] < losses_of(history)[0]
-    result, _, weights = trained(storage, "probe", student=ProbeStudent(type="probe"), training=faster(epochs=10, learning_rate=0.05))
-    assert result["validation/accuracy"] > 0.5
+    soft = {"losses": {"soft": LOSSES["soft"]}, "training": faster(epochs=15, learning_rate=0.05)}
+    result, _, weights = trained(storage, "probe", student=ProbeStudent(type="probe"), **soft)
+    assert result["validation/agreement"] == 1.0  # the teacher's own head is such a layer
     teacher = load_file(fit.model_folder(storage, "teachers/t") / "model.safetensors")
     assert torch.equal(weights["bert.embeddings.word_embeddings.weight"], teacher["bert.embeddings.word_embeddings.weight"])
     assert not torch.equal(weights["classifier.weight"], teacher["classifier.weight"])

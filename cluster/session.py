@@ -37,6 +37,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
             raise SecurityError("DST-9006", "an unsafe switch of Ray is on", where=name, do="Unset it: it lets data files run code")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of a job mean the same in workers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Ray starts workers at niceness 15: whatever else the machine does would come first.
     os.environ.setdefault("RAY_worker_niceness", "0")

@@ -70,6 +70,7 @@ def run_workers(worker: Callable[[dict[str, Any]], Any], payload: Mapping[str, A
     threads = cpus_per_worker(cluster)
     storage = Storage(cluster.storage)
     resources = {"CPU": float(threads)} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
+    name = f"workers-{uuid.uuid4().hex[:12]}"
     with mailbox(record) as box:
         trainer = TorchTrainer(
             _guarded,
@@ -79,7 +80,7 @@ def run_workers(worker: Callable[[dict[str, Any]], Any], payload: Mapping[str, A
             ),
             # A new name each time: Ray would otherwise resume from a file of its own, and nothing of ours depends on it.
             run_config=RunConfig(
-                name=f"workers-{uuid.uuid4().hex[:12]}",
+                name=name,
                 storage_path=storage.path(".ray"),
                 storage_filesystem=storage.arrow,
                 failure_config=FailureConfig(max_failures=cluster.max_failures),
@@ -87,8 +88,10 @@ def run_workers(worker: Callable[[dict[str, Any]], Any], payload: Mapping[str, A
         )  # fmt: skip
         try:
             result = _fit(trainer)
-        except ray.train.TrainingFailedError as error:
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:  # of a worker, or of what runs them
             raise _reason(error, box, cluster) from error
+        finally:
+            storage.delete(f".ray/{name}")
         if (failed := ray.get(box.error.remote())) is not None:
             raise failed
         return result.return_value

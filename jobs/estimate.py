@@ -43,6 +43,7 @@ class Size:
     labelled: int
     """Rows of train with a label."""
     bytes_per_row: float
+    labels: int
     exact: bool
 
     @property
@@ -63,7 +64,7 @@ def lines(plan: Plan) -> list[Line]:
         found.append(_training_line("teacher", _state(plan, plan.teacher), job.teacher.training, size.labelled, size, body, "fine-tuning"))
     if plan.targets:
         asked, answered = (count["train"] + count["validation"] for count in (size.rows, size.tokens))
-        each = _target_bytes(job, plan, width_of(config) or 0)
+        each = _target_bytes(job, plan, width_of(config) or 0, size.labels)
         state = _state(plan, plan.targets)
         found.append(Line("targets", state, asked, answered, each, int(asked * each), 2.0 * body * answered, "once for all students"))
     scored = size.labelled if all("labels" in loss.needs for loss in job.active_losses.values()) else size.rows["train"]
@@ -113,10 +114,17 @@ def corpus_size(plan: Plan) -> Size:
     if (manifest := plan.found(plan.corpus)) is not None:
         rows = {split: manifest.rows(split) for split in SPLITS}
         tokens = {split: manifest.tokens(split) for split in SPLITS}
-        return Size(rows, tokens, manifest.facts["labelled"]["train"], manifest.total_bytes() / max(1, sum(rows.values())), True)
+        return Size(
+            rows,
+            tokens,
+            manifest.facts["labelled"]["train"],
+            manifest.total_bytes() / max(1, sum(rows.values())),
+            len(manifest.facts["labels"]),
+            True,
+        )
     from transformers import AutoTokenizer
 
-    job, texts = plan.job, []
+    job, texts, labels = plan.job, [], set(getattr(plan.job.corpus, "packages", ()))
     units = sources.units(job.corpus, job.task)
     counted = rows_by_split(units)
     shares = {name: share for name in ("validation", "test") if isinstance(share := getattr(job.corpus, name), float)}
@@ -125,23 +133,30 @@ def corpus_size(plan: Plan) -> Size:
     for unit in units[:: max(1, len(units) // 4)][:4]:
         for found in sources.read(unit, job.task):
             texts += found.column("text").to_pylist()[: SAMPLE_ROWS // 4]
+            labels |= set(found.column("label").to_pylist()) - {None}
             break
     tokenizer = AutoTokenizer.from_pretrained(plan.model, trust_remote_code=False, local_files_only=True)
     lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=job.task.max_length)["input_ids"]] if texts else []
     mean_tokens, mean_bytes = sum(lengths) / max(1, len(lengths)), sum(len(text.encode()) for text in texts) / max(1, len(texts))
     tokens = {split: int(rows[split] * mean_tokens) for split in SPLITS}
-    return Size(rows, tokens, int(rows["train"] * job.corpus.labelled), mean_bytes + 4 * mean_tokens + ROW_BYTES, False)
+    return Size(
+        rows,
+        tokens,
+        int(rows["train"] * job.corpus.labelled),
+        mean_bytes + 4 * mean_tokens + ROW_BYTES,
+        len(job.task.labels or labels),
+        False,
+    )
 
 
-def _target_bytes(job: JobConfig, plan: Plan, width: int) -> float:
+def _target_bytes(job: JobConfig, plan: Plan, width: int, labels: int) -> float:
     """Of one row: id, logits, and what was asked of the features."""
     if plan.targets and (manifest := plan.found(plan.targets)) is not None:
         return manifest.total_bytes() / max(1, manifest.rows("train") + manifest.rows("validation"))
     targets, item = job.teacher.targets, {"float16": 2, "float32": 4}
-    classes = len(job.task.labels or getattr(job.corpus, "packages", ()) or models.label_names(read_config(plan.model)) or (0, 0))
     features = targets.features
     inner = (len(features.layers) + features.pooled) * width * item[features.dtype] if features else 0
-    return 36 + classes * item[targets.logits.dtype] + inner
+    return 36 + labels * item[targets.logits.dtype] + inner
 
 
 def _body_parameters(config: dict[str, Any]) -> int:

@@ -205,11 +205,11 @@ def _describe_model(context: Context, key: str, stage: Stage) -> None:
     assert manifest is not None
     for step, metrics in manifest.facts["history"]:
         context.journal.metrics(key, metrics, step)
-    derived = {f"derived.{name}": manifest.facts[name] for name in ("parameters", "trained_parameters") if name in manifest.facts}
-    steps = manifest.facts["result"].get("steps")
-    context.journal.params(
-        key, {**derived, **({"derived.steps": int(steps)} if steps else {}), "derived.fingerprint": manifest.fingerprint}
-    )
+    derived = {name: manifest.facts[name] for name in ("parameters", "trained_parameters") if name in manifest.facts}
+    if steps := manifest.facts["result"].get("steps"):
+        derived["steps"] = int(steps)
+    context.journal.params(key, {f"derived.{name}": value for name, value in derived.items()})
+    context.journal.tags(key, {"distillery.fingerprint": manifest.fingerprint})
 
 
 def _on_a_worker(plan: Plan) -> list[Evaluation]:

@@ -8,7 +8,6 @@ import traceback
 from pathlib import Path
 from typing import Annotated, Optional
 
-import click
 import typer
 
 from distillation.errors import ConfigError, DistilleryError
@@ -16,6 +15,9 @@ from distillation.errors import ConfigError, DistilleryError
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 recipes_app = typer.Typer(no_args_is_help=True, help="Job files that ship with Distillery.")
 app.add_typer(recipes_app, name="recipes")
+
+INTERRUPTED = 130
+"""What typer makes of a KeyboardInterrupt."""
 
 Job = Annotated[str, typer.Argument(help="A job file, or the name of a recipe.")]
 Overrides = Annotated[Optional[list[str]], typer.Argument(help="Settings to change: path.to.setting=value")]  # noqa: UP045
@@ -217,18 +219,14 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        app()
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+        print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        sys.exit(75)
     except DistilleryError as error:
         if os.environ.get("DISTILL_DEBUG"):
             traceback.print_exc()
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
-        sys.exit(75)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # distill schema | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)

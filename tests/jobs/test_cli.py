@@ -122,9 +122,7 @@ def test_schema_describes_the_recipes(distill):
     wrong = yaml.safe_load(recipes()["quickstart"])
     wrong["training"]["epoch"] = 1
     wrong["losses"]["soft"]["temperature"] = 0
-    assert {tuple(error.absolute_path) for error in validator.iter_errors(wrong)} == {("training",), ("losses", "soft")} or {
-        tuple(error.absolute_path)[:2] for error in validator.iter_errors(wrong)
-    } == {("training",), ("losses", "soft")}
+    assert sorted(tuple(error.absolute_path)[:2] for error in validator.iter_errors(wrong)) == [("losses", "soft"), ("training",)]
 
 
 def test_a_reader_that_goes_away(tmp_path):
@@ -152,8 +150,6 @@ def test_input_ends_with_3(distill, tmp_path, model):
     job = job_file(tmp_path, model)
     refused(distill("run", job, "corpus.train=none.csv"), 3, "3402", "none.csv")
     refused(distill("plan", job, "task.label=nothing", "corpus.validation=rows.csv"), 3, "3407", "rows.csv", "'nothing'")
-    refused(distill("plan", job, "teacher.model=./none"), 3, "3001", "none")
-    refused(distill("plan", job, "teacher.model=package:no_such_package/model"), 3, "3208")
     assert not (tmp_path / "out").exists()
 
 
@@ -161,7 +157,6 @@ def test_storage_that_cannot_be_written_ends_with_5(distill, tmp_path, model):
     job = job_file(tmp_path, model)
     (tmp_path / "file").write_text("x")
     refused(distill("run", job, "cluster.storage=file/below"), 5, "5002", "file")
-    refused(distill("run", job, "cluster.storage=/proc/nothing"), 5, "5002", "/proc/nothing")
     refused(distill("export", job, "--to", "file/below"), 5, "5002", "file")
     assert not (tmp_path / "out").exists(), "nothing was run before the place of the copy was looked at"
 
@@ -174,10 +169,6 @@ def test_security_ends_with_9(distill, tmp_path, model):
     result = distill("plan", job, "cluster.storage=s3://key:hunter2@bucket/x", "tracking.uri=http://host")
     refused(result, 9, "9002")
     assert "hunter2" not in result[2]
-    refused(distill("plan", job, "cluster.storage=ftp://host/x", "tracking.uri=http://host"), 9, "9001", "ftp://")
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code/config.json").write_text('{"model_type": "x", "auto_map": {"AutoModel": "evil.Model"}}')
-    refused(distill("plan", job, "teacher.model=./code"), 9, "9004", "trust_remote_code")
 
 
 def test_debug_shows_the_traceback_beside_the_error(distill):
@@ -242,8 +233,13 @@ def of_ours(mark):
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_a_run_with_75_and_leaves_no_process(tmp_path, model, number):
+@pytest.mark.parametrize(
+    ("number", "line", "in_storage"),
+    [(signal.SIGTERM, "corpus\n", "out/mlflow.db"), (signal.SIGINT, "teacher: fine-tuning", "out/teachers/*.checkpoints/*")],
+    ids=["term-in-corpus", "int-in-training"],
+)
+def test_a_signal_ends_a_run_with_75_and_leaves_no_process(tmp_path, model, number, line, in_storage):
+    """Stopped when the line was printed and the file is there."""
     endless = {"epochs": 100_000, "batch_tokens": 512, "checkpoint_every": 5}
     job = job_file(tmp_path, model, teacher={"model": str(model), "training": endless})
     mark = uuid.uuid4().hex
@@ -253,12 +249,12 @@ def test_a_signal_ends_a_run_with_75_and_leaves_no_process(tmp_path, model, numb
             stdout=subprocess.PIPE, stderr=err, start_new_session=True,
         )  # fmt: skip
         try:
-            for line in process.stdout:
-                if line.startswith("teacher: fine-tuning"):
+            for printed in process.stdout:
+                if printed.startswith(line):
                     break
             deadline = time.monotonic() + 60
-            while not list((tmp_path / "out/teachers").glob("*.checkpoints/*")) and time.monotonic() < deadline:
-                time.sleep(0.2)
+            while not list(tmp_path.glob(in_storage)) and time.monotonic() < deadline:
+                time.sleep(0.1)
             assert len(of_ours(mark)) > 3, "Ray runs"
             process.send_signal(number)
             assert process.wait(30) == 75
@@ -272,4 +268,4 @@ def test_a_signal_ends_a_run_with_75_and_leaves_no_process(tmp_path, model, numb
             process.stdout.close()
             for left in of_ours(mark):
                 left.kill()
-    assert list((tmp_path / "out/teachers").glob("*.checkpoints/*")), "there is something to go on from"
+    assert list(tmp_path.glob(in_storage)), "there is something to go on from"

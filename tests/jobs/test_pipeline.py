@@ -150,24 +150,26 @@ def test_a_job_ends_with_a_table_and_says_where_to_look(place, first):
     assert "corpus: train 320, validation 50, test 90 rows (200 of train labelled)" in plain
     assert "370 rows answered" in plain
     for name in ("teacher", "cut-baseline", "cut", "probe-baseline", "probe"):
-        assert re.search(rf"^ ?{name} +\d+\.\d ±", output, re.M), name
+        assert re.search(rf"^ ?{name} +\d+\.\d ?%? ?±", output, re.M), output
     assert f"report          {place.folder}/storage/runs/tiny/report.html" in output
     assert "MLflow runs     http://127.0.0.1:5000/#/experiments/1/runs" in output
     assert "compare-runs" in output
     found = evaluated(place)
     assert found["teacher"]["quality"]["accuracy"] > 0.7
-    assert found["cut"]["against"]["agreement"] > 0.6
-    assert found["probe"]["against"]["agreement"] > 0.6
+    assert found["cut"]["against"]["agreement"] > 0.8
+    assert found["probe"]["cost"]["parameters"] == found["teacher"]["cost"]["parameters"]
     assert found["cut"]["baseline"] == "cut-baseline"
 
 
 def test_students_serve_under_plain_transformers(place, first):
     from transformers import pipeline
 
+    rows = [json.loads(line) for line in (place.folder / "test.jsonl").read_text().splitlines()]
     for name in ("cut", "probe"):
-        folder = place.folder / "storage/runs/tiny/students" / name
-        answers = pipeline("text-classification", model=str(folder))(["w5 w6 w7 w8", "w17 w18 w19 w20", "w29 w30 w31 w32"])
-        assert [answer["label"] for answer in answers] == list(LABELS)
+        serve = pipeline("text-classification", model=str(place.folder / "storage/runs/tiny/students" / name))
+        answers = [answer["label"] for answer in serve([row["text"] for row in rows])]
+        right = sum(answer == row["label"] for answer, row in zip(answers, rows, strict=True))
+        assert right / len(rows) == pytest.approx(evaluated(place)[name]["quality"]["accuracy"]), name
     assert (place.folder / "storage/runs/tiny/report.html").stat().st_size > 50_000
 
 
@@ -249,11 +251,11 @@ def started_until(place, file, *arguments):
 
 
 def test_changed_and_killed_in_training_it_goes_on_from_the_checkpoint(place, first):
-    change = "training.epochs=60"
+    change = ("training.epochs=60", "baseline=false")
     before = store.find(place.storage, place.plan().runs[0].stage.folder)
-    plan = place.plan(change)
+    plan = place.plan(*change)
     student = plan.runs[0].stage.folder
-    stopped = started_until(place, f"{student}.checkpoints/step-00000020", "run", "job.yaml", change)
+    stopped = started_until(place, f"{student}.checkpoints/step-00000020", "run", "job.yaml", *change)
     os.killpg(stopped.pid, signal.SIGINT)
     output, _ = stopped.communicate(timeout=30)
     assert stopped.returncode == 75, output
@@ -261,10 +263,10 @@ def test_changed_and_killed_in_training_it_goes_on_from_the_checkpoint(place, fi
     assert "Traceback" not in output
     reached = int(place.storage.list(f"{student}.checkpoints")[-1].removeprefix("step-"))
 
-    killed(started_until(place, f"{student}.checkpoints/step-{reached + 40:08d}", "run", "job.yaml", change))
+    killed(started_until(place, f"{student}.checkpoints/step-{reached + 40:08d}", "run", "job.yaml", *change))
     assert store.find(place.storage, student) is None
 
-    output, _ = place.run("run", "job.yaml", change)
+    output, _ = place.run("run", "job.yaml", *change)
     for line in ("corpus", "teacher", "targets of 370 rows"):
         assert re.search(rf"^found {line}", output, re.M), line
     assert re.search(r"^done student cut ", output, re.M)
@@ -325,8 +327,6 @@ def test_a_job_with_its_storage_in_an_object_store(place, first):
         keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "DISTILLERY_CACHE": str(place.folder / "cache")}
         output, _ = place.run("run", job, **keys)
         assert re.search(r"^done student copy", output, re.M)
-        again, _ = place.run("run", job, **keys)
-        assert re.search(r"^found student copy", again, re.M)
         with pytest.MonkeyPatch.context() as patch:
             for name, value in keys.items():
                 patch.setenv(name, value)

@@ -313,12 +313,12 @@ def test_aliases_are_fine_until_they_explode():
     program = """
 import resource, sys, time
 from jobs.config import parse
-before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
 text = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\\n" for i in range(1, 12))
 try:
     parse(text + sys.argv[1], (), "bomb")
 except Exception as error:
-    print(type(error).__name__, error.code, time.monotonic() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    print(type(error).__name__, error.code, time.process_time() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
     for ending in ("", "b: {<<: [*a11, *a11]}\n", "name: *a11\n"):
         done = subprocess.run([sys.executable, "-c", program, ending], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -395,7 +395,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------- any text
 
-QUICK = settings(max_examples=150, deadline=1000, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 PIECES = st.sampled_from([
     "\n", "\n  ", "  ", "|", "---\n", "\\", "\ud800", "\0", "\x85", "\ufeff", "type: layers", ": ", ", ", "- ", "&a ", "*a", "!!int ", "! ",
     "name", "task", "losses", "student", ":", "{", "}", "[", "]", ">", "'", '"', "#", "?", "...", "%", "@", "`", "<<", "=", "~", "1", "0x_", "0b_",
@@ -404,13 +404,13 @@ PIECES = st.sampled_from([
 
 
 def loads_or_is_refused(content, overrides=()):
-    started, line = time.monotonic(), ""
+    started, line = time.process_time(), ""
     try:
         parse(content, overrides, "x")
     except (ConfigError, SecurityError) as error:
         line = str(error)
     assert line.isprintable()
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 @QUICK

@@ -140,8 +140,8 @@ def result_of(place, plan, name):
     return store.find(place.storage, run.stage.folder).facts["result"]
 
 
-def evaluated(place, name="tiny"):
-    return {e["name"]: e for e in json.loads((place.folder / "storage/runs" / name / "evaluation.json").read_text())}
+def evaluated(place):
+    return {e["name"]: e for e in json.loads((place.folder / "storage/runs/tiny/evaluation.json").read_text())}
 
 
 def test_a_job_ends_with_a_table_and_says_where_to_look(place, first):
@@ -221,7 +221,7 @@ def test_again_finds_everything(place, first):
     again = Recorded(place, place.plan())
     assert (again.points(), len(again.parents) + len(again.children)) == (points, runs)
     assert again.parent.info.status == "FINISHED"
-    assert re.findall(r"^(?:teacher|cut|probe)\S* .*$", output, re.M) == re.findall(r"^(?:teacher|cut|probe)\S* .*$", first[0], re.M)
+    assert re.findall(r"^.*±.*$", output, re.M) == re.findall(r"^.*±.*$", first[0], re.M)
 
 
 def killed(process):
@@ -303,16 +303,7 @@ def adopted(place, name, **changes):
     return f"{name}.yaml"
 
 
-def test_a_teacher_with_its_labels_in_another_order_is_matched_by_name(place, first):
-    output, _ = place.run("run", adopted(place, "adopted"))
-    assert re.search(r"^found corpus", output, re.M)
-    found = evaluated(place, "adopted")
-    assert found["teacher"]["quality"]["accuracy"] == evaluated(place)["teacher"]["quality"]["accuracy"]
-    assert found["copy"]["against"]["agreement"] > 0.97
-    assert found["copy"]["labels"] == list(LABELS)
-
-
-def test_a_job_with_its_storage_in_an_object_store(place, first):
+def test_a_trained_teacher_with_its_labels_in_another_order_and_storage_in_an_object_store(place, first):
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -335,6 +326,8 @@ def test_a_job_with_its_storage_in_an_object_store(place, first):
             assert remote.list("runs/remote") == ["evaluation.json", "job.yaml", "report.html", "students"]
             assert "model.safetensors" in remote.list("runs/remote/students/copy")
             found = {e["name"]: e for e in json.loads(remote.read("runs/remote/evaluation.json"))}
+        assert found["teacher"]["quality"]["accuracy"] == evaluated(place)["teacher"]["quality"]["accuracy"]
         assert found["copy"]["against"]["agreement"] > 0.97
+        assert found["copy"]["labels"] == list(LABELS)
     finally:
         server.stop()

@@ -1,6 +1,6 @@
 """Opening the store of a million rows and planning an epoch, in a fresh process that needs neither torch nor Ray.
 
-    python -m benchmarks.store [ROWS]
+python -m benchmarks.store [ROWS]
 """
 
 from __future__ import annotations

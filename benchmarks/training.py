@@ -1,6 +1,6 @@
 """Student training through the app against bare loops, teacher inference against a bare forward, and two workers against one.
 
-    python -m benchmarks.training          about 8 minutes on two cores; nothing else should run
+python -m benchmarks.training          about 8 minutes on two cores; nothing else should run
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from distillation import fit, models, store
 from distillation.batches import plan_epoch, sorted_batches
 from distillation.config import CrossEntropy, FitConfig, ForwardKL, LayersStudent, TargetsConfig, TextClassification, TrainingConfig
 from distillation.loop import make_optimizer
-from distillation.rows import Rows, open_rows
+from distillation.rows import open_rows
 from distillation.signals import Classifier
 from distillation.storage import Storage
 from distillation.students import build_student
@@ -66,7 +66,9 @@ def teacher_inference(storage: Storage, teacher: object) -> None:
     line("teacher into the store / bare sorted forward", len(rows) / (time.perf_counter() - started), max(bare), "rows/s", ">= 0.90")
     rest = open_rows(storage, "corpora/c", None, "validation", task())
     name = store.find(storage, "corpora/c").splits["validation"][0].name.removesuffix(".arrow")
-    other = store.write_part(storage, "targets/x", name, teaching.answer_part(model, rest, TargetsConfig(), 8192, bf16, torch.device("cpu")), 0)
+    other = store.write_part(
+        storage, "targets/x", name, teaching.answer_part(model, rest, TargetsConfig(), 8192, bf16, torch.device("cpu")), 0
+    )
     facts = {"corpus": "c", "layers": [], "labels": list(LABELS)}
     splits = {"train": (record,), "validation": (other,)}
     store.commit(storage, "targets/x", store.Manifest(kind="targets", fingerprint="x", made_from={}, splits=splits, facts=facts))

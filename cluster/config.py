@@ -28,6 +28,12 @@ class ClusterConfig(Config):
     max_failures: int = Field(2, ge=0)
     """How often a group of workers is restarted after one of them died."""
 
+    @model_validator(mode="after")
+    def _whole_gpus(self) -> ClusterConfig:
+        if self.gpus_per_worker not in (0, 1) and not (self.gpus_per_worker < 1 and self.workers == 1):
+            raise ValueError(f"gpus_per_worker must be 0 or 1 (a share of one GPU only with one worker), got {self.gpus_per_worker:g}")
+        return self
+
 
 # --------------------------------------------------------------------------------------------------------------- corpus
 
@@ -117,7 +123,7 @@ class TrackingConfig(Config):
     @field_validator("uri")
     @classmethod
     def _no_password(cls, uri: str | None) -> str | None:
-        if uri and "@" in urlsplit(uri).netloc:
+        if uri and ("@" in urlsplit(uri).netloc or re.search(r"(?i)[?&][^=]*(password|passwd|token|secret|key)[^=]*=", uri)):
             raise ValueError("a tracking uri must not carry a password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
         if uri and not re.match(r"^(https?|sqlite|postgresql)(\+\w+)?:", uri):
             raise ValueError(f"tracking uri must start with http:, https:, sqlite: or postgresql:, got {uri!r}")

@@ -273,4 +273,5 @@ def _labels(tallies: Tallies, facts: Mapping[str, Any], task: TaskConfig) -> tup
             "DST-3442", "too few labels", where="corpus, split train", expected="two or more different labels",
             found=", ".join(sorted(trained)) or "none", do="Check task.label, or name the labels in task.labels",
         )  # fmt: skip
-    return tuple(sorted(trained))
+    # Numbers in their own order: 2 before 10, as a classifier counts them.
+    return tuple(sorted(trained, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name)))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import ClusterConfig
 from distillation.errors import ClusterError, DistilleryError, SecurityError, rebuild
@@ -66,17 +68,28 @@ def connect(config: ClusterConfig) -> Iterator[None]:
 
 
 def cpus_per_worker(config: ClusterConfig) -> int:
-    """Threads of each worker, as set or as the cluster allows. Raises ClusterError if the workers cannot be placed."""
-    have = ray.cluster_resources()
-    cpus, gpus = int(have.get("CPU", 0)), have.get("GPU", 0)
-    each = config.cpus_per_worker or max(1, cpus // config.workers)
-    if config.workers * each > cpus or config.workers * config.gpus_per_worker > gpus:
+    """Threads of each worker: as set, or the most with which the cluster's nodes hold all workers.
+
+    Raises ClusterError if they cannot be placed. On a cluster that starts nodes when asked, cpus_per_worker has to be set: then nothing is
+    refused, and Ray waits for the nodes.
+    """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    largest = int(max((node.get("CPU", 0) for node in nodes), default=0))
+    fitting = [n for n in range(1, largest + 1) if places(nodes, n, config.gpus_per_worker) >= config.workers]
+    each = config.cpus_per_worker or max(fitting, default=1)
+    if places(nodes, each, config.gpus_per_worker) < config.workers and not (config.address and config.cpus_per_worker):
+        has = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
         raise ClusterError(
             "DST-6002", "job does not fit the cluster", where="cluster",
             expected=f"{config.workers} workers with {each} CPUs and {config.gpus_per_worker:g} GPUs each",
-            found=f"{cpus} CPUs and {gpus:g} GPUs", do="Lower cluster.workers or what each one asks for",
+            found=f"nodes with {has}", do="Lower cluster.workers or what each one asks for; set cluster.cpus_per_worker if nodes start on demand",
         )  # fmt: skip
     return each
+
+
+def places(nodes: Sequence[Mapping[str, float]], cpus: int, gpus: float) -> int:
+    """How many workers of this size the nodes hold together. nodes: their resources."""
+    return sum(int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf)) for node in nodes)
 
 
 @ray.remote(num_cpus=0)
@@ -104,7 +117,9 @@ class Mailbox:
 @contextlib.contextmanager
 def mailbox(record: Record) -> Iterator[Any]:
     """A mailbox whose content is passed to `record` from a thread, in order, until the block ends."""
-    box = Mailbox.remote()  # type: ignore[attr-defined]
+    # Beside the driver: it must outlive every worker's node.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    box = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
     done = threading.Event()
 
     def drain() -> None:

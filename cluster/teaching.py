@@ -33,7 +33,8 @@ def teach(
 ) -> Manifest:  # fmt: skip
     """Fill the target store `output` for a corpus. Parts already there are kept, so an interrupted pass is continued.
 
-    Any number of workers leaves the same bytes: what is computed together depends on the part alone.
+    Any number of workers leaves the same bytes, given the same threads a worker and the same hardware: what is computed together depends
+    on the part alone.
     """
     storage = Storage(cluster.storage)
     if (done := store.find(storage, output)) is not None and done.fingerprint == fingerprint:
@@ -71,8 +72,12 @@ def _teach_worker(payload: dict[str, Any]) -> int:
     folder = model_folder(storage, payload["teacher"])
     manifest, paths = store.open_artifact(storage, payload["corpus"], "corpus")
     parts = [part for split in SPLITS for part in manifest.splits[split]]
-    open_parts = [p for p in parts if store.committed_part(storage, payload["output"], p.name.removesuffix(".arrow")) is None]
-    session.all_reduce(torch.zeros(1, device=session.device))  # everyone has seen the same parts before anyone writes one
+    # Rank 0 looks and tells the others: another driver may fill the same store, and every part must belong to somebody.
+    flags = torch.zeros(len(parts), device=session.device)
+    if session.rank == 0:
+        there = [store.committed_part(storage, payload["output"], p.name.removesuffix(".arrow")) for p in parts]
+        flags = torch.tensor([float(record is None) for record in there], device=session.device)
+    open_parts = [part for part, flag in zip(parts, session.all_reduce(flags).tolist(), strict=True) if flag]
     if not open_parts:
         return 0
     features = targets.features

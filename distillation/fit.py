@@ -32,13 +32,17 @@ def train(config: FitConfig, session: Session, made_from: Mapping[str, Any]) -> 
     """
     models.quiet()
     storage = Storage(config.storage)
-    if (done := store.find(storage, config.output)) is not None and done.fingerprint == config.fingerprint:
+    done = store.find(storage, config.output)
+    finished = torch.tensor([float(done is not None and done.fingerprint == config.fingerprint)], device=session.device)
+    if session.rank != 0:
+        finished.zero_()
+    if session.all_reduce(finished).item() and done is not None:  # rank 0 decides for all: another job may finish it right now
         return dict(done.facts["result"])
     teacher = model_folder(storage, config.teacher) if config.teacher else None
     source = _own_folder(config) if isinstance(config.student, PretrainedStudent) else teacher
     assert source is not None
     if teacher is not None and source != teacher:
-        require_same_vocabulary(source, teacher)
+        models.require_same_vocabulary(source, teacher)
     task = build_task(config.task, pad_id(source))
     rows = open_rows(storage, config.corpus, config.targets, "train", task)
     validation = open_rows(storage, config.corpus, config.targets, "validation", task)
@@ -50,8 +54,9 @@ def train(config: FitConfig, session: Session, made_from: Mapping[str, Any]) -> 
     module.train()
     checkpoints = Checkpoints(storage, f"{config.output}.checkpoints", config.fingerprint)
     result = Fit(module, rows, validation, config.losses, training, session, checkpoints).run()
-    if session.rank == 0:
-        _commit(storage, config, module, source, {"result": result, "history": checkpoints.history}, made_from)
+    if session.rank == 0 and store.find(storage, config.output) is None:
+        # The tokenizer that cut the corpus goes with the student, also with a pretrained one.
+        _commit(storage, config, module, teacher or source, {"result": result, "history": checkpoints.history}, made_from)
         checkpoints.discard()
     session.all_reduce(torch.zeros(1, device=session.device))  # nobody leaves before the model is committed
     return result
@@ -96,37 +101,6 @@ def pad_id(folder: Path) -> int:
     return int(value) if isinstance(value, int) else 0
 
 
-def require_same_vocabulary(one: Path, other: Path) -> None:
-    """Raise InputError unless both tokenizers give every token the same id: stored ids mean the same to both models."""
-    from transformers import AutoTokenizer
-
-    if models.tokenizer_fingerprint(one) == models.tokenizer_fingerprint(other):
-        return
-    mine, its = (AutoTokenizer.from_pretrained(f, trust_remote_code=False, local_files_only=True).get_vocab() for f in (one, other))
-    if mine != its:
-        different = sum(its.get(token) != number for token, number in mine.items())
-        raise InputError(
-            "DST-3212", "student and teacher have different tokenizers", where=str(one), expected=f"the {len(its)} tokens of {other}",
-            found=f"{len(mine)} tokens, {different} of them others", do="Take a student of the teacher's family",
-        )  # fmt: skip
-
-
-def require_tokenizer_fits(folder: Path) -> None:
-    """Raise InputError if the tokenizer of a model folder makes ids that its embedding does not have."""
-    from transformers import AutoTokenizer
-
-    size = models.read_config(folder).get("vocab_size")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError("DST-3203", "model has no tokenizer", where=str(folder), found=str(error).splitlines()[0]) from error
-    if isinstance(size, int) and (largest := max(tokenizer.get_vocab().values())) >= size:
-        raise InputError(
-            "DST-3213", "tokenizer does not match the model", where=str(folder), expected=f"token ids below {size}, as the model has",
-            found=f"ids up to {largest}", do="Put the model's own tokenizer into the folder",
-        )  # fmt: skip
-
-
 def _own_folder(config: FitConfig) -> Path:
     student = config.student
     assert isinstance(student, PretrainedStudent)
@@ -168,6 +142,6 @@ def commit_model(
 
 
 def copy_tokenizer(source: Path, destination: Path) -> None:
-    for name in (*models.TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json"):
+    for name in models.TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, destination / name)

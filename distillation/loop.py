@@ -154,13 +154,17 @@ class Fit:
             position = Position(position.step + 1, position.epoch, position.step_in_epoch + 1)
             curve.add(sums, counts, len(batch), int(self.rows.lengths[batch].sum()))
             last = position.step == schedule.total
-            if position.step % training.log_every == 0 or last:
+            every = training.checkpoint_every if self.checkpoints is not None else 0
+            saving = bool(every and position.step % every == 0 and not last)
+            # A point at every checkpoint too: what is added up between two points is not part of one.
+            if position.step % training.log_every == 0 or last or saving:
                 self._report({**curve.take(), "train/learning_rate": rate, "train/gradient_norm": norm}, position.step)
             if self.validation is not None and (last or (training.evaluate_every and position.step % training.evaluate_every == 0)):
+                paused = time.perf_counter()
                 latest = self.evaluate(self.validation)
                 self._report(latest, position.step)
-                curve.restart_clock()
-            if self.checkpoints is not None and training.checkpoint_every and position.step % training.checkpoint_every == 0 and not last:
+                curve.pause(time.perf_counter() - paused)
+            if self.checkpoints is not None and saving:
                 self.checkpoints.save(self.module, optimizer, position, session)
         if self.checkpoints is not None:
             self.checkpoints.close()
@@ -256,8 +260,9 @@ class _Curve:
         self._counts = {name: self._counts[name] + count for name, count in counts.items()}
         self._rows, self._tokens = self._rows + rows, self._tokens + tokens
 
-    def restart_clock(self) -> None:
-        self._clock = time.perf_counter()
+    def pause(self, seconds: float) -> None:
+        """Leave out time that was spent on something else."""
+        self._clock += seconds
 
     def take(self) -> dict[str, float]:
         """The point, over all ranks; starts the next one."""

@@ -14,7 +14,10 @@ import xxhash
 from distillation.errors import InputError, SecurityError
 from distillation.storage import fetch_tree
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
+VOCABULARY_FILES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model", "tokenizer.model"
+)  # fmt: skip
+TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def locate(model: str, *, revision: str | None = None, trust_remote_code: bool = False, pickled_weights: bool = False) -> Path:
@@ -75,12 +78,14 @@ def label_order(model_labels: tuple[str, ...] | None, count: int, labels: tuple[
     `count` is the number of the model's outputs. Raises InputError where the two cannot be matched.
     """
     if model_labels is None:
-        if count != len(labels):
+        # Labels that are numbers are the places themselves.
+        places = [int(label) for label in labels] if all(label.isdecimal() for label in labels) else list(range(len(labels)))
+        if sorted(places) != list(range(count)):
             raise InputError(
                 "DST-3204", "model and corpus have different numbers of labels", where=where, expected=f"{len(labels)} as in the corpus",
                 found=str(count), do="Give the teacher a training section, or take a teacher of this task",
             )  # fmt: skip
-        return list(range(count))
+        return places
     if set(model_labels) != set(labels):
         raise InputError(
             "DST-3205", "model and corpus have different labels", where=where, expected=", ".join(labels), found=", ".join(model_labels),
@@ -93,11 +98,42 @@ def tokenizer_fingerprint(folder: Path) -> str:
     """Hash of the files that say how a model's tokenizer cuts text. Raises InputError where there are none."""
     digest = xxhash.xxh3_128()
     found = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
-    if not any(path.name != "tokenizer_config.json" for path in found):
+    if not any(path.name in VOCABULARY_FILES for path in found):
         raise InputError("DST-3203", "model has no tokenizer", where=str(folder), expected="tokenizer.json or a vocabulary", found="none")
     for path in found:
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def require_same_vocabulary(one: Path, other: Path) -> None:
+    """Raise InputError unless both tokenizers give every token the same id: stored ids mean the same to both models."""
+    from transformers import AutoTokenizer
+
+    if tokenizer_fingerprint(one) == tokenizer_fingerprint(other):
+        return
+    mine, its = (AutoTokenizer.from_pretrained(f, trust_remote_code=False, local_files_only=True).get_vocab() for f in (one, other))
+    if mine != its:
+        different = sum(its.get(token) != number for token, number in mine.items())
+        raise InputError(
+            "DST-3212", "student and teacher have different tokenizers", where=str(one), expected=f"the {len(its)} tokens of {other}",
+            found=f"{len(mine)} tokens, {different} of them others", do="Take a student of the teacher's family",
+        )  # fmt: skip
+
+
+def require_tokenizer_fits(folder: Path) -> None:
+    """Raise InputError if the tokenizer of a model folder makes ids that its embedding does not have."""
+    from transformers import AutoTokenizer
+
+    size = read_config(folder).get("vocab_size")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError("DST-3203", "model has no tokenizer", where=str(folder), found=str(error).splitlines()[0]) from error
+    if isinstance(size, int) and (largest := max(tokenizer.get_vocab().values())) >= size:
+        raise InputError(
+            "DST-3213", "tokenizer does not match the model", where=str(folder), expected=f"token ids below {size}, as the model has",
+            found=f"ids up to {largest}", do="Put the model's own tokenizer into the folder",
+        )  # fmt: skip
 
 
 def weights_fingerprint(folder: Path) -> str:
@@ -124,10 +160,14 @@ def load_classifier(
     With `labels`, a head of that size is made where the folder has none or one of another size; without, every tensor must be there.
     Raises InputError listing the tensors that are missing or have another shape (transformers would silently draw them at random).
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     quiet()
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError("DST-3206", "model cannot be loaded", where=str(folder), found=" ".join(str(error).split())[:300]) from error
     if labels is not None:
         names = list(labels)
         config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
@@ -135,10 +175,10 @@ def load_classifier(
         set_dropout(config, dropout)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, trust_remote_code=trust_remote_code, use_safetensors=not pickled, local_files_only=True,
+            folder, config=config, trust_remote_code=trust_remote_code, use_safetensors=None if pickled else True, local_files_only=True,
             output_loading_info=True, ignore_mismatched_sizes=labels is not None, dtype="float32",
         )  # fmt: skip
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError("DST-3206", "model cannot be loaded", where=str(folder), found=str(error).splitlines()[0]) from error
     lost = sorted([*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])])
     head = {f"{name}.{leaf}" for name in head_names(model) for leaf in ("weight", "bias")}

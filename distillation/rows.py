@@ -64,5 +64,5 @@ def open_rows(storage: Storage, corpus: str, targets: str | None, split: str, ta
 
 def open_columns(storage: Storage, folder: str, kind: store.Kind, split: str) -> tuple[Manifest, Columns]:
     """Manifest and columns of one split of an artifact."""
-    manifest, paths = store.open_artifact(storage, folder, kind)
+    manifest, paths = store.open_artifact(storage, folder, kind, split)
     return manifest, Columns([paths[part.name] for part in manifest.splits.get(split, ())])

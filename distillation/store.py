@@ -187,8 +187,8 @@ def find(storage: Storage, folder: str) -> Manifest | None:
         ) from error  # fmt: skip
 
 
-def open_artifact(storage: Storage, folder: str, kind: Kind) -> tuple[Manifest, dict[str, Path]]:
-    """The manifest and the local path of every file, each checked against its record.
+def open_artifact(storage: Storage, folder: str, kind: Kind, split: str | None = None) -> tuple[Manifest, dict[str, Path]]:
+    """The manifest and the local path of every file (of the parts: those of `split`), each checked against its record.
 
     Raises InputError naming the file that is missing or altered, or the folder that is incomplete or of another kind.
     """
@@ -200,7 +200,8 @@ def open_artifact(storage: Storage, folder: str, kind: Kind) -> tuple[Manifest, 
         )  # fmt: skip
     if manifest.kind != kind:
         raise InputError("DST-3104", "artifact is of another kind", where=storage.path(folder), expected=kind, found=manifest.kind)
-    records = [*manifest.files, *(record for parts in manifest.splits.values() for record in parts)]
+    wanted = manifest.splits if split is None else {split: manifest.splits.get(split, ())}
+    records = [*manifest.files, *(record for parts in wanted.values() for record in parts)]
     return manifest, {record.name: _intact(storage, folder, record) for record in records}
 
 
@@ -220,7 +221,7 @@ def _intact(storage: Storage, folder: str, record: FileRecord) -> Path:
             expected, found = f"checksum {record.checksum}", f"checksum {_checksum_once(path)}"
         if expected == found:
             return path
-    repair = "Remove this file and run again: it is made anew"
+    repair = "Remove the folder and run again: it is made anew"
     raise InputError("DST-3106", "file was altered", where=where, expected=expected, found=found, do=repair)
 
 

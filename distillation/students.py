@@ -73,6 +73,20 @@ def build_student(
     return Classifier(model, layers=report_layers)
 
 
+def require_buildable(config: StudentConfig, model: Path) -> None:
+    """Raise now what `build_student` would raise after the teacher was trained. model: the folder the teacher starts from; no tensor is read."""
+    if isinstance(config, PretrainedStudent):
+        flags = {"trust_remote_code": config.trust_remote_code, "pickled_weights": config.pickled_weights}
+        models.require_same_vocabulary(models.locate(config.model, revision=config.revision, **flags), model)
+    elif isinstance(config, LayersStudent | ScratchStudent):
+        settings = _settings(model, None)
+        if isinstance(config, ScratchStudent):
+            _resize(settings, config, model)
+        else:
+            with torch.device("meta"):
+                _layer_list(_new(settings), settings.num_hidden_layers, model)
+
+
 class Probe(nn.Module):
     """A linear layer on the teacher's stored pooled output. Exported, it is the teacher with this layer as its head."""
 
@@ -125,6 +139,11 @@ def _cut(config: LayersStudent, teacher: Path, dropout: float | None) -> Any:
 
 def _scratch(config: ScratchStudent, teacher: Path, dropout: float | None) -> Any:
     settings = _settings(teacher, dropout)
+    _resize(settings, config, teacher)
+    return _new(settings)
+
+
+def _resize(settings: Any, config: ScratchStudent, teacher: Path) -> None:
     sizes = {
         "num_hidden_layers": config.layers, "hidden_size": config.hidden_size, "num_attention_heads": config.heads,
         "intermediate_size": config.intermediate_size,
@@ -135,7 +154,6 @@ def _scratch(config: ScratchStudent, teacher: Path, dropout: float | None) -> An
                 "DST-3210", "architecture cannot be built at other sizes", where=str(teacher), expected=name, found="no such size"
             )
         setattr(settings, name, value)
-    return _new(settings)
 
 
 def _settings(teacher: Path, dropout: float | None) -> Any:
@@ -175,14 +193,14 @@ class Tensors:
     """Tensors of a safetensors folder by name, sharded or not, read one at a time."""
 
     def __init__(self, folder: Path) -> None:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         index = folder / "model.safetensors.index.json"
         names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
         self._folder = folder
         try:
             files: list[Any] = [safe_open(folder / Path(name).name, framework="pt") for name in names]
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise InputError("DST-3206", "model cannot be loaded", where=str(folder), found=str(error)) from error
         self._where = {key: file for file in files for key in file.keys()}  # noqa: SIM118
 

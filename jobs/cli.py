@@ -89,10 +89,10 @@ def export(
         from jobs.config import load
         from jobs.plan import make_plan
 
-        source = make_plan(load(job, overrides or [])).workspace / "students"
-        for folder in sorted(source.iterdir()):
-            shutil.copytree(folder, to / folder.name, dirs_exist_ok=True)
-            typer.echo(str(to / folder.name))
+        done = make_plan(load(job, overrides or []))
+        for name in done.job.all_students:
+            shutil.copytree(done.results / "students" / name, to / name, dirs_exist_ok=True)
+            typer.echo(str(to / name))
 
 
 @app.command()

@@ -124,8 +124,10 @@ class JobConfig(Config):
 
     @property
     def baseline_losses(self) -> dict[str, Any]:
-        """The terms that need labels only; a cross entropy if there is none."""
+        """The terms that need labels only, a single one at weight 1; a cross entropy if there is none."""
         hard = {name: loss for name, loss in self.active_losses.items() if loss.needs <= {"labels"}}
+        if len(hard) == 1:
+            hard = {name: loss.model_copy(update={"weight": 1.0}) for name, loss in hard.items()}
         return hard or {"hard": CrossEntropy(type="cross_entropy")}
 
 

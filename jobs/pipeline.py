@@ -56,9 +56,10 @@ def run(job: JobConfig, console: Console, until: str = "export") -> None:
 def _recorded(plan: Plan, console: Console) -> Iterator[tuple[Context, Tracker]]:
     """Ray, the journal and its delivery, for one job. An error of ours is written beside the journal too."""
     plan.storage.require_writable(need_bytes=500_000_000)
-    plan.workspace.mkdir(parents=True, exist_ok=True)
+    plan.results.mkdir(parents=True, exist_ok=True)
     progress = Progress(console)
     with Journal(plan.workspace / "journal.jsonl") as journal:
+        journal.finish_unfinished("KILLED")  # what a killed driver left open; this job's own runs are opened again
         context = Context(plan, journal, progress)
         with tracker_of(plan, journal) as tracker:
             try:
@@ -67,7 +68,7 @@ def _recorded(plan: Plan, console: Console) -> Iterator[tuple[Context, Tracker]]
                     yield context, tracker
             except DistilleryError as error:
                 journal.tags(context.parent, {"distill.error": str(error)})
-                (plan.workspace / "error.json").write_text(json.dumps(error.as_dict(), indent=1), encoding="utf-8")
+                (plan.results / "error.json").write_text(json.dumps(error.as_dict(), indent=1), encoding="utf-8")
                 raise
 
 

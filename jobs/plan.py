@@ -11,6 +11,7 @@ from typing import Any, Literal
 from cluster.corpus import corpus_fingerprint
 from distillation import models, store
 from distillation.config import (
+    CrossEntropy,
     FitConfig,
     LayersStudent,
     PatientKD,
@@ -28,6 +29,10 @@ from jobs.config import JobConfig
 
 PADDED_POSITIONS = frozenset({"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "longformer"})
 """Architectures that count positions from behind the padding token's id, and so have fewer than they say."""
+
+
+TEACHER_LOSSES = {"hard": CrossEntropy(type="cross_entropy")}
+"""Of the teacher's own training: nothing of a student's settings touches it, so that one teacher serves them all."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,14 @@ class Plan:
 
     @cached_property
     def workspace(self) -> Path:
-        """Local folder of this job's journal, report and exports."""
+        """Local folder of everything that goes by this job's name; its journal lies there."""
         root = Path(self.storage.root) if self.storage.is_local else Path("distillery-runs").resolve()
         return root / "runs" / self.job.name
+
+    @property
+    def results(self) -> Path:
+        """Local folder of the report and exports of this very job: a changed one has another, so what MLflow is told stays true."""
+        return self.workspace / self.fingerprint[:8]
 
     def found(self, stage: Stage) -> Manifest | None:
         """The artifact of a stage, if it is finished."""
@@ -94,7 +104,7 @@ class Plan:
             type="pretrained", model=teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code,
             pickled_weights=teacher.pickled_weights,
         )  # fmt: skip
-        return self._fit("teacher", start, self.job.baseline_losses, teacher.training, self.teacher, targets=None, teacher=None)
+        return self._fit("teacher", start, TEACHER_LOSSES, teacher.training, self.teacher, targets=None, teacher=None)
 
     def fit(self, run: Run) -> FitConfig:
         """A student's training. A baseline takes as many steps as its student took, which must be finished."""
@@ -133,7 +143,6 @@ def make_plan(job: JobConfig) -> Plan:
         "tokenizer": models.tokenizer_fingerprint(model),
         "corpus": corpus.fingerprint,
         "training": training and _training(training),
-        "losses": training and _losses(job.baseline_losses),
     }
     teacher = _stage("teachers", store.fingerprint(teacher_from), teacher_from)
     targets_from = {

@@ -17,11 +17,13 @@ from cluster.journal import Journal
 from cluster.links import environment_tags
 from cluster.session import cpus_per_worker, unwrap
 from distillation import export as exporting
-from distillation import fit, store
+from distillation import fit, models, store
+from distillation.errors import ClusterError
 from distillation.evaluate import Candidate, Evaluation
 from distillation.evaluate import evaluate as evaluate_models
 from distillation.rows import open_columns
 from distillation.storage import Storage
+from distillation.students import require_buildable
 from jobs import report
 from jobs.config import dump, flat
 from jobs.figures import figures
@@ -56,7 +58,7 @@ def begin(context: Context) -> None:
     tags = {**environment_tags(), "distillery.fingerprint": plan.fingerprint}
     journal.run(context.parent, name=plan.job.name, tags=tags)
     journal.params(context.parent, flat(plan.job.model_dump(mode="json", exclude={"cluster", "tracking"})))
-    config = plan.workspace / "job.yaml"
+    config = plan.results / "job.yaml"
     config.write_text(dump(plan.job), encoding="utf-8")
     journal.file(context.parent, config)
 
@@ -64,7 +66,9 @@ def begin(context: Context) -> None:
 def prepare(context: Context) -> store.Manifest:
     """Corpus: read, identify, deduplicate, split, tokenise, write parts."""
     plan, progress = context.plan, context.progress
-    fit.require_tokenizer_fits(plan.model)
+    models.require_tokenizer_fits(plan.model)
+    for student in plan.job.all_students.values():
+        require_buildable(student, plan.model)
     if (manifest := plan.found(plan.corpus)) is not None:
         progress.found(_corpus_line(manifest))
     else:
@@ -136,6 +140,7 @@ def evaluate(context: Context) -> list[Evaluation]:
     made_from = {
         "models": {name: stage.fingerprint for name, stage in _models(plan).items()}, "corpus": plan.corpus.fingerprint,
         "settings": job.evaluation.model_dump(),
+        "threads": job.evaluation.threads or cpus_per_worker(job.cluster), "gpus": job.cluster.gpus_per_worker,
     }  # fmt: skip
     stage = f"evaluations/{store.fingerprint(made_from)}.json"
     if plan.storage.exists(stage):
@@ -168,17 +173,17 @@ def publish(context: Context, evaluations: list[Evaluation]) -> dict[str, Path]:
     with context.progress.stage("export and report"):
         for run in plan.runs:
             if run.role == "student":
-                folder = plan.workspace / "students" / run.name
+                folder = plan.results / "students" / run.name
                 exporting.export(
                     fit.model_folder(plan.storage, run.stage.folder), folder, evaluations, facts, name=run.name, verdict=verdicts.get(run.name, "")
                 )  # fmt: skip
                 places[run.name] = folder
                 if plan.job.tracking.log_model:
                     journal.model(context.key(run.name), folder, name=run.name, input_example=examples)
-        pictures = figures(evaluations, _curves(plan), plan.workspace / "figures")
-        page = plan.workspace / "report.html"
+        pictures = figures(evaluations, _curves(plan), plan.results / "figures")
+        page = plan.results / "report.html"
         report.page(page, plan.job.name, evaluations, pictures, facts)
-        table = plan.workspace / "evaluation.json"
+        table = plan.results / "evaluation.json"
         table.write_text(json.dumps([e.model_dump(mode="json") for e in evaluations], indent=1), encoding="utf-8")
         for path in (page, table):
             journal.file(context.parent, path)
@@ -222,7 +227,10 @@ def _on_a_worker(plan: Plan) -> list[Evaluation]:
     try:
         return ray.get(task.remote(job.cluster.storage, plan.corpus.folder, candidates, plan.labels(), job.evaluation.model_dump(), cpus))
     except ray.exceptions.RayError as error:
-        raise unwrap(error) or error from error
+        raise unwrap(error) or ClusterError(
+            "DST-6004", "a worker failed", where="evaluation", found=str(error).strip().splitlines()[-1],
+            do="Run again; if memory ran out, lower evaluation.batch_tokens",
+        ) from error  # fmt: skip
 
 
 def evaluate_task(
@@ -263,8 +271,8 @@ def _copy_to_remote(plan: Plan) -> None:
     if plan.storage.is_local:
         return
     for name in ("report.html", "evaluation.json", "job.yaml"):
-        with plan.storage.writing(f"runs/{plan.job.name}/{name}") as path:
-            shutil.copyfile(plan.workspace / name, path)
-    for folder in (plan.workspace / "students").iterdir():
-        with plan.storage.writing_folder(f"runs/{plan.job.name}/students/{folder.name}", last="config.json") as beside:
+        with plan.storage.writing(f"runs/{plan.job.name}/{plan.results.name}/{name}") as path:
+            shutil.copyfile(plan.results / name, path)
+    for folder in (plan.results / "students" / run.name for run in plan.runs if run.role == "student"):
+        with plan.storage.writing_folder(f"runs/{plan.job.name}/{plan.results.name}/students/{folder.name}", last="config.json") as beside:
             shutil.copytree(folder, beside, dirs_exist_ok=True)

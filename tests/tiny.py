@@ -24,9 +24,17 @@ LOSSES = {"hard": CrossEntropy(type="cross_entropy", weight=0.3), "soft": Forwar
 
 def bert(layers=4, hidden=16, labels=LABELS, seed=0, **changes):
     torch.manual_seed(seed)
-    sizes = {"vocab_size": 40, "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 2, "intermediate_size": 2 * hidden}
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "intermediate_size": 2 * hidden,
+    }
     names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-    return BertForSequenceClassification(BertConfig(**{**sizes, **names, "max_position_embeddings": 64, "initializer_range": 0.3, **changes}))
+    return BertForSequenceClassification(
+        BertConfig(**{**sizes, **names, "max_position_embeddings": 64, "initializer_range": 0.3, **changes})
+    )
 
 
 def tokenizer(folder, words=36):

@@ -96,6 +96,16 @@ def test_stopped_in_mid_epoch_and_resumed_is_bitwise_the_same(storage, stop):
     assert len(storage.list(f"students/cut-{stop}.checkpoints")) == 0
 
 
+def test_resume_keeps_the_curve_whatever_the_cadences(storage):
+    plan = faster(checkpoint_every=6, log_every=4)
+    _, whole, _ = trained(storage, "cadence", training=plan)
+    with pytest.raises(Stopped):
+        trained(storage, "cadence-cut", StoppingSession(8), training=plan)
+    _, resumed, _ = trained(storage, "cadence-cut", training=plan)
+    assert [step for step, _ in whole][:4] == [4, 6, 8, 12]
+    assert losses_of(resumed) == losses_of(whole)
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_kept(storage, capsys):
     plan = faster(checkpoint_every=3)
     with pytest.raises(Stopped):

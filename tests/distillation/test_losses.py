@@ -107,7 +107,11 @@ def test_the_gradient_does_not_depend_on_the_cut():
     generator = torch.Generator().manual_seed(2)
     s, t = torch.randn(9, 4, generator=generator), torch.randn(9, 4, generator=generator)
     labels = [0, 1, UNLABELLED, 3, UNLABELLED, UNLABELLED, 1, 2, 0]
-    losses = {"hard": CrossEntropy(type="cross_entropy", label_smoothing=0.1), "soft": ForwardKL(type="forward_kl"), "l2": L2Distil(type="l2_distil")}
+    losses = {
+        "hard": CrossEntropy(type="cross_entropy", label_smoothing=0.1),
+        "soft": ForwardKL(type="forward_kl"),
+        "l2": L2Distil(type="l2_distil"),
+    }
 
     def gradient(cuts):
         logits = s.clone().requires_grad_()
@@ -124,7 +128,10 @@ def test_the_gradient_does_not_depend_on_the_cut():
 def test_a_weight_of_zero_is_exactly_the_other_terms():
     s = torch.randn(4, 3, generator=torch.Generator().manual_seed(3))
     grads = []
-    for losses in ({"hard": CrossEntropy(type="cross_entropy")}, {"hard": CrossEntropy(type="cross_entropy"), "soft": ForwardKL(type="forward_kl", weight=0)}):
+    for losses in (
+        {"hard": CrossEntropy(type="cross_entropy")},
+        {"hard": CrossEntropy(type="cross_entropy"), "soft": ForwardKL(type="forward_kl", weight=0)},
+    ):
         logits = s.clone().requires_grad_()
         weigh(losses, Outputs(logits), batch([0, 1, 2, 0], torch.zeros(4, 3)), dict.fromkeys(losses, 4))[0].backward()
         grads.append(logits.grad)

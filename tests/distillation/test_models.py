@@ -9,6 +9,7 @@ import torch
 from distillation import fit, models
 from distillation.errors import InputError, SecurityError
 from distillation.storage import Storage
+from distillation.students import Tensors
 from tests.tiny import LABELS, model_folder, tokenizer
 
 
@@ -37,8 +38,31 @@ def test_what_is_no_model(tmp_path):
         models.locate(str(tmp_path / "empty"))
     folder = model_folder(tmp_path / "m")
     (folder / "model.safetensors").unlink()
-    with pytest.raises(InputError, match="DST-3202.*no weights"):
+    with pytest.raises(InputError, match=r"DST-3202.*no weights"):
         models.locate(str(folder))
+
+
+def test_weights_that_were_cut_off_are_named(tmp_path):
+    folder = model_folder(tmp_path / "m")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    for read in (models.load_classifier, Tensors):
+        with pytest.raises(InputError, match=r"DST-3206.*/m: .*incomplete"):
+            read(folder)
+
+
+def test_an_architecture_nobody_knows(tmp_path):
+    folder = model_folder(tmp_path / "m")
+    change_config(folder, model_type="nosuch")
+    with pytest.raises(InputError, match=r"DST-3206.*nosuch"):
+        models.load_classifier(folder)
+
+
+def test_labels_that_are_numbers_are_places():
+    names = tuple(str(i) for i in [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9])
+    assert models.label_order(None, 12, names, "m") == [0, 1, 10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
+    with pytest.raises(InputError, match=r"DST-3204"):
+        models.label_order(None, 3, ("0", "1", "3"), "m")
 
 
 def test_a_hub_that_cannot_be_reached_is_named():
@@ -72,18 +96,18 @@ def test_pickled_weights_are_read_when_switched_on(tmp_path):
 
 def test_a_tokenizer_with_more_ids_than_the_model(tmp_path):
     folder = model_folder(tmp_path / "m")
-    fit.require_tokenizer_fits(folder)
+    models.require_tokenizer_fits(folder)
     tokenizer(folder, words=40)
     with pytest.raises(InputError, match=r"DST-3213.*token ids below 40.*ids up to 43"):
-        fit.require_tokenizer_fits(folder)
+        models.require_tokenizer_fits(folder)
 
 
 def test_a_student_with_another_vocabulary(tmp_path):
     one, other = model_folder(tmp_path / "one"), model_folder(tmp_path / "other")
-    fit.require_same_vocabulary(one, other)
+    models.require_same_vocabulary(one, other)
     tokenizer(other, words=30)
     with pytest.raises(InputError, match=r"DST-3212.*the 34 tokens of .*found 40 tokens, 6 of them others"):
-        fit.require_same_vocabulary(one, other)
+        models.require_same_vocabulary(one, other)
 
 
 def test_labels_are_matched_by_name():

@@ -114,8 +114,8 @@ def first(place):
 class Recorded:
     """The runs of a job in MLflow, by the end of their key."""
 
-    def __init__(self, place, plan, uri=None):
-        self.client = MlflowClient(uri or f"sqlite:///{place.folder}/storage/mlflow.db")
+    def __init__(self, place, plan):
+        self.client = MlflowClient(f"sqlite:///{place.folder}/storage/mlflow.db")
         self.experiment = self.client.get_experiment_by_name(plan.job.name)
         every = self.client.search_runs([self.experiment.experiment_id])
         self.parents = [run for run in every if "mlflow.parentRunId" not in run.data.tags]

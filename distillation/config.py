@@ -5,7 +5,7 @@ Settings are refused, never repaired: a value that cannot take effect is an erro
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -17,6 +17,14 @@ class Config(BaseModel):
     """Base of all settings: unknown keys are refused, values cannot change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _booleans_are_no_numbers(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if isinstance(value, bool) and name in cls.model_fields and cls.model_fields[name].annotation is not bool:
+                raise ValueError(f"{name} is no yes-or-no setting, got {value}")
+        return values
 
 
 # ---------------------------------------------------------------------------------------------------------------- task
@@ -127,8 +135,6 @@ class TeacherConfig(Config):
     batch_tokens: int = Field(8192, ge=16)
     """Padded tokens of one forward pass of teacher inference."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. It can do anything you can do."""
     pickled_weights: bool = False
     """Read .bin weights, whose unpickling can run code."""
 
@@ -181,7 +187,6 @@ class PretrainedStudent(Config):
     model: str = Field(min_length=1)
     """Hub id, folder, s3://... or package:NAME/folder."""
     revision: str | None = None
-    trust_remote_code: bool = False
     pickled_weights: bool = False
 
 

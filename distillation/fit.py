@@ -70,7 +70,6 @@ def adopt(
     fingerprint: str,
     made_from: Mapping[str, Any],
     *,
-    trust_remote_code: bool = False,
     pickled: bool = False,
 ) -> None:
     """Commit a teacher that is already trained: every tensor there, classes in the corpus's order, names written down.
@@ -79,7 +78,7 @@ def adopt(
     """
     if (done := store.find(storage, stage)) is not None and done.fingerprint == fingerprint:
         return
-    model = models.load_classifier(folder, trust_remote_code=trust_remote_code, pickled=pickled)
+    model = models.load_classifier(folder, pickled=pickled)
     order = models.label_order(models.label_names(model.config.to_dict()), model.config.num_labels, tuple(labels), str(folder))
     head = output_head(model)
     with torch.no_grad():
@@ -104,9 +103,7 @@ def pad_id(folder: Path) -> int:
 def _own_folder(config: FitConfig) -> Path:
     student = config.student
     assert isinstance(student, PretrainedStudent)
-    return models.locate(
-        student.model, revision=student.revision, trust_remote_code=student.trust_remote_code, pickled_weights=student.pickled_weights
-    )
+    return models.locate(student.model, revision=student.revision, pickled_weights=student.pickled_weights)
 
 
 def _require_signal(config: FitConfig, rows: Rows) -> None:

@@ -20,10 +20,10 @@ VOCABULARY_FILES = (
 TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
-def locate(model: str, *, revision: str | None = None, trust_remote_code: bool = False, pickled_weights: bool = False) -> Path:
+def locate(model: str, *, revision: str | None = None, pickled_weights: bool = False) -> Path:
     """Local folder of a model: `package:NAME/folder`, a folder, s3://... or a hub id. Nothing of it is run or loaded.
 
-    Raises InputError if it cannot be found, SecurityError if it carries code or only pickled weights and that is not switched on.
+    Raises InputError if it cannot be found, SecurityError if it carries code, or only pickled weights without `pickled_weights`.
     """
     if model.startswith("package:"):
         folder = _in_package(model)
@@ -32,10 +32,10 @@ def locate(model: str, *, revision: str | None = None, trust_remote_code: bool =
     else:
         folder = _from_hub(model, revision, pickled_weights)
     config = read_config(folder)
-    if "auto_map" in config and not trust_remote_code:
+    if "auto_map" in config:
         raise SecurityError(
             "DST-9004", "model comes with Python code of its own", where=str(folder), expected="an architecture of transformers",
-            found=f"auto_map for {', '.join(config['auto_map'])}", do="Set trust_remote_code: true if you have read that code",
+            found=f"auto_map for {', '.join(config['auto_map'])}", do="Take another architecture: code that comes with a model is never run",
         )  # fmt: skip
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(p.name for p in folder.glob("*.bin"))
@@ -152,7 +152,6 @@ def load_classifier(
     labels: Iterable[str] | None = None,
     *,
     dropout: float | None = None,
-    trust_remote_code: bool = False,
     pickled: bool = False,
 ) -> Any:
     """A sequence classifier from a folder, fp32.
@@ -165,7 +164,7 @@ def load_classifier(
 
     quiet()
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
         raise InputError("DST-3206", "model cannot be loaded", where=str(folder), found=" ".join(str(error).split())[:300]) from error
     if labels is not None:
@@ -175,7 +174,7 @@ def load_classifier(
         set_dropout(config, dropout)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, trust_remote_code=trust_remote_code, use_safetensors=None if pickled else True, local_files_only=True,
+            folder, config=config, trust_remote_code=False, use_safetensors=None if pickled else True, local_files_only=True,
             output_loading_info=True, ignore_mismatched_sizes=labels is not None, dtype="float32",
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

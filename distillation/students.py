@@ -53,11 +53,8 @@ def build_student(
     """
     torch.manual_seed(seed)
     if isinstance(config, PretrainedStudent):
-        flags = {"trust_remote_code": config.trust_remote_code, "pickled_weights": config.pickled_weights}
-        folder = models.locate(config.model, revision=config.revision, **flags)
-        model = models.load_classifier(
-            folder, labels, dropout=dropout, trust_remote_code=config.trust_remote_code, pickled=config.pickled_weights
-        )
+        folder = models.locate(config.model, revision=config.revision, pickled_weights=config.pickled_weights)
+        model = models.load_classifier(folder, labels, dropout=dropout, pickled=config.pickled_weights)
     elif isinstance(config, ProbeStudent):
         assert teacher is not None
         return Probe(teacher, len(labels))
@@ -76,8 +73,7 @@ def build_student(
 def require_buildable(config: StudentConfig, model: Path) -> None:
     """Raise now what `build_student` would raise after the teacher was trained. model: the folder the teacher starts from; no tensor is read."""
     if isinstance(config, PretrainedStudent):
-        flags = {"trust_remote_code": config.trust_remote_code, "pickled_weights": config.pickled_weights}
-        models.require_same_vocabulary(models.locate(config.model, revision=config.revision, **flags), model)
+        models.require_same_vocabulary(models.locate(config.model, revision=config.revision, pickled_weights=config.pickled_weights), model)
     elif isinstance(config, LayersStudent | ScratchStudent):
         settings = _settings(model, None)
         if isinstance(config, ScratchStudent):

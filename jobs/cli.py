@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -10,7 +11,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from distillation.errors import ConfigError, DistilleryError
+from distillation.errors import ConfigError, DistilleryError, StorageError
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 recipes_app = typer.Typer(no_args_is_help=True, help="Job files that ship with Distillery.")
@@ -226,7 +227,15 @@ def main() -> None:
         print("interrupted; run the same command again to go on from the last checkpoint", file=sys.stderr)
         sys.exit(75)
     except DistilleryError as error:
-        if os.environ.get("DISTILL_DEBUG"):
-            traceback.print_exc()
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(error)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise
+        _fail(StorageError("DST-5005", "a file cannot be written", where=str(error.filename or "a temporary folder"), found=str(error)))
+
+
+def _fail(error: DistilleryError) -> None:
+    if os.environ.get("DISTILL_DEBUG"):
+        traceback.print_exc()
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)

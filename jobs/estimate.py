@@ -176,5 +176,7 @@ def _student_share(student: Any, depth: int, body: int) -> float:
     if isinstance(student, ProbeStudent):
         return 0.0
     assert isinstance(student, PretrainedStudent)
-    flags = {"trust_remote_code": student.trust_remote_code, "pickled_weights": student.pickled_weights}
-    return _body_parameters(read_config(models.locate(student.model, revision=student.revision, **flags))) / body
+    return (
+        _body_parameters(read_config(models.locate(student.model, revision=student.revision, pickled_weights=student.pickled_weights)))
+        / body
+    )

@@ -101,7 +101,7 @@ class Plan:
         teacher = self.job.teacher
         assert teacher.training is not None
         start = PretrainedStudent(
-            type="pretrained", model=teacher.model, revision=teacher.revision, trust_remote_code=teacher.trust_remote_code,
+            type="pretrained", model=teacher.model, revision=teacher.revision,
             pickled_weights=teacher.pickled_weights,
         )  # fmt: skip
         return self._fit("teacher", start, TEACHER_LOSSES, teacher.training, self.teacher, targets=None, teacher=None)
@@ -194,8 +194,7 @@ def _student(student: Any) -> dict[str, Any]:
 
 
 def _locate(model: TeacherConfig | PretrainedStudent) -> Path:
-    flags = {"trust_remote_code": model.trust_remote_code, "pickled_weights": model.pickled_weights}
-    return models.locate(model.model, revision=model.revision, **flags)
+    return models.locate(model.model, revision=model.revision, pickled_weights=model.pickled_weights)
 
 
 def depth_of(config: Mapping[str, Any]) -> int | None:

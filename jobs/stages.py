@@ -96,7 +96,7 @@ def teach(context: Context) -> None:
         with progress.stage(f"teacher: {job.teacher.model}"):
             fit.adopt(
                 plan.storage, plan.model, plan.labels(), plan.teacher.folder, plan.teacher.fingerprint, plan.teacher.made_from,
-                trust_remote_code=job.teacher.trust_remote_code, pickled=job.teacher.pickled_weights,
+                pickled=job.teacher.pickled_weights,
             )  # fmt: skip
     _describe_model(context, key, plan.teacher)
     if plan.targets is None:
@@ -143,13 +143,13 @@ def evaluate(context: Context) -> list[Evaluation]:
         "threads": job.evaluation.threads or cpus_per_worker(job.cluster), "gpus": job.cluster.gpus_per_worker,
     }  # fmt: skip
     stage = f"evaluations/{store.fingerprint(made_from)}.json"
-    if plan.storage.exists(stage):
+    if (known := _read_evaluation(plan.storage, stage)) is not None:
         progress.found("evaluation")
     else:
         with progress.stage("evaluation on the test split"):
-            found = _on_a_worker(plan)
-            plan.storage.write(stage, json.dumps([e.model_dump(mode="json") for e in found], indent=1).encode())
-    evaluations = report.ordered([Evaluation.model_validate(e) for e in json.loads(plan.storage.read(stage))])
+            known = _on_a_worker(plan)
+            plan.storage.write(stage, json.dumps([e.model_dump(mode="json") for e in known], indent=1).encode())
+    evaluations = report.ordered(known)
     for e in evaluations:
         numbers = {f"test/{k}": v for k, v in {**e.quality, **e.against}.items()} | {
             f"cost/{k}": v for k, v in {**e.cost, **e.ratios}.items()
@@ -215,6 +215,14 @@ def _describe_model(context: Context, key: str, stage: Stage) -> None:
         derived["steps"] = int(steps)
     context.journal.params(key, {f"derived.{name}": value for name, value in derived.items()})
     context.journal.tags(key, {"distillery.fingerprint": manifest.fingerprint})
+
+
+def _read_evaluation(storage: Storage, path: str) -> list[Evaluation] | None:
+    """What was found before; None where there is nothing, or nothing that this release wrote."""
+    try:
+        return [Evaluation.model_validate(e) for e in json.loads(storage.read(path))]
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _on_a_worker(plan: Plan) -> list[Evaluation]:

@@ -203,7 +203,7 @@ def test_a_bug_in_a_worker_is_a_cluster_error_that_names_it(storage, tmp_path):
 
 def test_too_many_workers_are_refused_at_once(storage):
     started = time.monotonic()
-    with pytest.raises(ClusterError, match=r"DST-6002.*expected 5 workers with 1 CPUs.*found 4 CPUs"):
+    with pytest.raises(ClusterError, match=r"DST-6002.*expected 5 workers with 1 CPUs.*found nodes with 4 CPUs"):
         trained(storage, "many", 5)
     with pytest.raises(ClusterError, match=r"DST-6002.*2 GPUs each"):
         train(settings(storage, "gpus"), {}, workers(storage, 1, gpus_per_worker=2), lambda *_: None, "k")

@@ -91,7 +91,7 @@ TEACHER = {"teacher", "targets", *STUDENTS}
         # a loss that asks the teacher is none of the baseline's business
         ("losses.soft.temperature=4", {"student", "probe", "job"}),
         ("losses.soft.weight=0.5", {"student", "probe", "job"}),
-        ("losses.hard.weight=0.5", {"student", "probe", "job"}),  # one teacher and one baseline, whatever the weights
+        ("losses.hard.weight=0.5", {"student", "probe", "job"}),  # one teacher and one baseline whatever the weights
         # the teacher and what it says
         ("teacher.training.epochs=3", TEACHER),
         ("teacher.training.log_every=1", set()),

@@ -26,9 +26,10 @@ from ray.exceptions import RayError
 from cluster import sources
 from cluster.config import CorpusConfig
 from cluster.reading import Unit
+from cluster.session import unwrap
 from cluster.shaping import PART_SCHEMA, PLACES, SPLITS, Tallies, count_block, encode_block, read_bundle, select
 from distillation.config import TaskConfig
-from distillation.errors import DistilleryError, InputError
+from distillation.errors import InputError
 from distillation.models import tokenizer_fingerprint
 from distillation.storage import Storage
 from distillation.store import FileRecord, Manifest, commit, find, write_part
@@ -90,21 +91,6 @@ def prepare(
     manifest = Manifest(kind="corpus", fingerprint=fingerprint, made_from=dict(made_from), splits=splits, facts=facts)
     progress("corpus: " + ", ".join(f"{split} {manifest.rows(split)} rows in {len(splits[split])} parts" for split in SPLITS))
     return commit(storage, folder, manifest)
-
-
-def unwrap(error: BaseException) -> DistilleryError | None:
-    """The error of ours that Ray wrapped, if there is one."""
-    seen: set[int] = set()
-    pending: list[Any] = [error]
-    while pending:
-        current = pending.pop()
-        # Ray raises an error that is of our class as well as its own, and whose text is its traceback: that one is not meant.
-        if isinstance(current, DistilleryError) and not isinstance(current, RayError):
-            return current
-        if isinstance(current, BaseException) and id(current) not in seen:
-            seen.add(id(current))
-            pending += [current.__context__, current.__cause__, getattr(current, "cause", None)]
-    return None
 
 
 # ------------------------------------------------------------------------------------------------------------------- ray

@@ -16,7 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.config import ClusterConfig
-from distillation.errors import ClusterError, DistilleryError, SecurityError, rebuild
+from distillation.errors import ClusterError, DistilleryError, SecurityError
 
 Record = Callable[[str, Mapping[str, float], int], None]
 """Takes what a worker reports: run key, metrics, step."""
@@ -147,20 +147,18 @@ def mailbox(record: Record) -> Iterator[Any]:
 def unwrap(error: BaseException) -> DistilleryError | None:
     """The error of ours inside what Ray raises, if there is one."""
     seen: set[int] = set()
-    queue: list[Any] = [error]
-    while queue:
-        one = queue.pop()
-        if isinstance(one, DistilleryError):
-            # Ray raises a class derived from ours and its own: give back the plain one.
-            return one if type(one).__module__ == "distillation.errors" else _plain(one)
-        if not isinstance(one, BaseException) or id(one) in seen:
-            continue
-        seen.add(id(one))
-        queue += [one.__cause__, one.__context__, getattr(one, "cause", None), getattr(one, "error", None)]
-        queue += list((getattr(one, "worker_failures", None) or {}).values())
+    pending: list[Any] = [error]
+    while pending:
+        one = pending.pop()
+        # Ray raises an error that is of our class as well as of its own, and whose text is a traceback: that one is not meant.
+        if isinstance(one, DistilleryError) and not isinstance(one, ray.exceptions.RayError):
+            return one
+        if isinstance(one, BaseException) and id(one) not in seen:
+            seen.add(id(one))
+            pending += [
+                one.__context__,
+                one.__cause__,
+                getattr(one, "cause", None),
+                *(getattr(one, "worker_failures", None) or {}).values(),
+            ]
     return None
-
-
-def _plain(error: DistilleryError) -> DistilleryError:
-    kind = next(base for base in type(error).__mro__ if base.__module__ == "distillation.errors")
-    return rebuild(kind, error.as_dict())

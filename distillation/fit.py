@@ -36,8 +36,9 @@ def train(config: FitConfig, session: Session, made_from: Mapping[str, Any]) -> 
     finished = torch.tensor([float(done is not None and done.fingerprint == config.fingerprint)], device=session.device)
     if session.rank != 0:
         finished.zero_()
-    if session.all_reduce(finished).item() and done is not None:  # rank 0 decides for all: another job may finish it right now
-        return dict(done.facts["result"])
+    if session.all_reduce(finished).item():  # rank 0 decides for all: another job may be finishing this very run
+        manifest, _ = store.open_artifact(storage, config.output, "model")
+        return dict(manifest.facts["result"])
     teacher = model_folder(storage, config.teacher) if config.teacher else None
     source = _own_folder(config) if isinstance(config.student, PretrainedStudent) else teacher
     assert source is not None

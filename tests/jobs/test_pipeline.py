@@ -141,7 +141,7 @@ def result_of(place, plan, name):
 
 
 def evaluated(place):
-    return {e["name"]: e for e in json.loads((place.folder / "storage/runs/tiny/evaluation.json").read_text())}
+    return {e["name"]: e for e in json.loads((place.plan().results / "evaluation.json").read_text())}
 
 
 def test_a_job_ends_with_a_table_and_says_where_to_look(place, first):
@@ -151,7 +151,7 @@ def test_a_job_ends_with_a_table_and_says_where_to_look(place, first):
     assert "370 rows answered" in plain
     for name in ("teacher", "cut-baseline", "cut", "probe-baseline", "probe"):
         assert re.search(rf"^ ?{name} +\d+\.\d ?%? ?±", output, re.M), output
-    assert f"report          {place.folder}/storage/runs/tiny/report.html" in output
+    assert f"report          {place.plan().results}/report.html" in output
     assert "MLflow runs     http://127.0.0.1:5000/#/experiments/1/runs" in output
     assert "compare-runs" in output
     found = evaluated(place)
@@ -166,11 +166,11 @@ def test_students_serve_under_plain_transformers(place, first):
 
     rows = [json.loads(line) for line in (place.folder / "test.jsonl").read_text().splitlines()]
     for name in ("cut", "probe"):
-        serve = pipeline("text-classification", model=str(place.folder / "storage/runs/tiny/students" / name))
+        serve = pipeline("text-classification", model=str(place.plan().results / "students" / name))
         answers = [answer["label"] for answer in serve([row["text"] for row in rows])]
         right = sum(answer == row["label"] for answer, row in zip(answers, rows, strict=True))
         assert right / len(rows) == pytest.approx(evaluated(place)[name]["quality"]["accuracy"]), name
-    assert (place.folder / "storage/runs/tiny/report.html").stat().st_size > 50_000
+    assert (place.plan().results / "report.html").stat().st_size > 50_000
 
 
 def test_everything_is_in_mlflow(place, first):
@@ -323,9 +323,10 @@ def test_a_trained_teacher_with_its_labels_in_another_order_and_storage_in_an_ob
                 patch.setenv(name, value)
             remote = Storage(uri)
             assert {"corpora", "runs", "students", "targets", "teachers"} <= set(remote.list(""))
-            assert remote.list("runs/remote") == ["evaluation.json", "job.yaml", "report.html", "students"]
-            assert "model.safetensors" in remote.list("runs/remote/students/copy")
-            found = {e["name"]: e for e in json.loads(remote.read("runs/remote/evaluation.json"))}
+            (results,) = [f"runs/remote/{name}" for name in remote.list("runs/remote")]
+            assert remote.list(results) == ["evaluation.json", "job.yaml", "report.html", "students"]
+            assert "model.safetensors" in remote.list(f"{results}/students/copy")
+            found = {e["name"]: e for e in json.loads(remote.read(f"{results}/evaluation.json"))}
         assert found["teacher"]["quality"]["accuracy"] == evaluated(place)["teacher"]["quality"]["accuracy"]
         assert found["copy"]["against"]["agreement"] > 0.97
         assert found["copy"]["labels"] == list(LABELS)

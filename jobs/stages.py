@@ -161,6 +161,7 @@ def evaluate(context: Context) -> list[Evaluation]:
 def publish(context: Context, evaluations: list[Evaluation]) -> dict[str, Path]:
     """Export the students, write the report, and hand both to the journal. Returns the folder of each student and the report."""
     plan, journal = context.plan, context.journal
+    models.quiet()
     verdicts = report.verdicts(evaluations)
     facts = exporting.Facts(
         teacher=plan.job.teacher.model, corpus=plan.job.corpus.type, max_length=plan.job.task.max_length, config=dump(plan.job),

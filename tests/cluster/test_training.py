@@ -205,7 +205,7 @@ def test_too_many_workers_are_refused_at_once(storage):
     started = time.monotonic()
     with pytest.raises(ClusterError, match=r"DST-6002.*expected 5 workers with 1 CPUs.*found nodes with 4 CPUs"):
         trained(storage, "many", 5)
-    with pytest.raises(ClusterError, match=r"DST-6002.*2 GPUs each"):
+    with pytest.raises(ClusterError, match=r"DST-6002.*1 GPUs each"):
         train(settings(storage, "gpus"), {}, workers(storage, 1, gpus_per_worker=1), lambda *_: None, "k")
     assert time.monotonic() - started < 1
 

@@ -45,7 +45,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     os.environ.setdefault("RAY_worker_niceness", "0")
     # Ray Train runs a training in a thread, where glibc would give the memory of every step back to the system and take it again.
     os.environ.setdefault("MALLOC_ARENA_MAX", "1")
-    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 30))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 30))
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if config.address is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -91,7 +90,3 @@ def describe(losses: Mapping[str, LossConfig], sums: Mapping[str, float], counts
         **{f"train/loss/{name}": value for name, value in raw.items()},
         **{f"train/weighted/{name}": value for name, value in weighted.items()},
     }
-
-
-def all_terms_finite(sums: Mapping[str, Tensor]) -> bool:
-    return bool(torch.stack(list(sums.values())).isfinite().all())

@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from distillation.config import TargetsConfig
-
 UNLABELLED = -100
 """Label of a position without one; torch's cross entropy ignores it."""
 
@@ -117,12 +115,3 @@ def observe(teacher: Classifier, batch: Batch, bf16: bool) -> TeacherSignal:
     hidden = outputs.hidden.float() if outputs.hidden is not None else None
     pooled = outputs.pooled.float() if outputs.pooled is not None else None
     return TeacherSignal(outputs.logits.float(), hidden, teacher.layers, pooled)
-
-
-def holds(targets: TargetsConfig | None) -> frozenset[str]:
-    """What a loss or student may need of a store with these targets: logits, hidden, pooled."""
-    if targets is None:
-        return frozenset()
-    features = targets.features
-    extra = {"hidden": bool(features and features.layers), "pooled": bool(features and features.pooled)}
-    return frozenset({"logits", *(name for name, there in extra.items() if there)})

@@ -8,10 +8,10 @@ import time
 from collections.abc import Sequence
 from types import TracebackType
 
-from cluster.config import TrackingConfig
 from cluster.journal import Journal
-from cluster.links import compare_url, experiment_url, run_url
-from cluster.tracking import Away, Delivery, prepare_process
+from cluster.links import chart_url, compare_url, experiment_url, run_url
+from cluster.outages import Away, prepare_process
+from cluster.tracking import Delivery, Target
 from distillation.errors import TrackingError
 
 _log = logging.getLogger(__name__)
@@ -22,25 +22,12 @@ STRICT_SECONDS, AWAY_SECONDS, CLOSE_SECONDS = 9.0, 8.0, 120.0
 class Tracker:
     """Delivers a journal to MLflow for as long as the block lasts, in a thread.
 
-    `default_uri` and `experiment` hold where the config leaves them open. `artifact_root`: folder for a new experiment's files, None if
-    the server has one. `note`: Markdown above the runs. `columns`: at least one metric to show; the runs are sorted by the first.
-    Raises TrackingError within 10 s if `config.strict` and the server cannot be used; else it goes on trying and says so once.
+    Raises TrackingError within 10 s if tracking is strict and the server cannot be used; else it goes on trying and says so once.
     """
 
-    def __init__(
-        self,
-        config: TrackingConfig,
-        journal: Journal,
-        *,
-        default_uri: str,
-        experiment: str,
-        artifact_root: str | None,
-        note: str | None = None,
-        columns: Sequence[str] = ("test/accuracy",),
-    ) -> None:
-        self.uri = config.uri or default_uri
-        self._strict, self._journal = config.strict, journal
-        self._delivery = Delivery(self.uri, journal, config.experiment or experiment, artifact_root, note, columns)
+    def __init__(self, target: Target, journal: Journal) -> None:
+        self.uri, self._strict, self._journal = target.uri, target.config.strict, journal
+        self._delivery = Delivery(target, journal)
         self._closing, self._tried = threading.Event(), threading.Event()
         self._away: str | None = None
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
@@ -74,8 +61,12 @@ class Tracker:
         return waiting
 
     def experiment_url(self) -> str | None:
-        """Page of all runs, best first. None until the server was reached; so are the next two."""
+        """Page of all runs, best first. None until the server was reached; so are the next three."""
         return experiment_url(self.uri, self._delivery.experiment_id) if self._delivery.experiment_id else None
+
+    def chart_url(self, metric: str, ascending: bool = False) -> str | None:
+        """Page with charts of the best runs by a metric; `ascending` if less of it is better."""
+        return chart_url(self.uri, self._delivery.experiment_id, metric, ascending) if self._delivery.experiment_id else None
 
     def run_url(self, key: str) -> str | None:
         run_id, experiment_id = self._delivery.runs.get(key), self._delivery.experiment_id
@@ -89,7 +80,7 @@ class Tracker:
     def _work(self) -> None:
         delay = 1.0
         while not self._delivery.abandoned:
-            closing = self._closing.is_set()
+            closing, started = self._closing.is_set(), time.monotonic()
             try:
                 more = self._delivery.step()
             except Away as error:
@@ -110,33 +101,24 @@ class Tracker:
             if not more:
                 if closing:
                     return
-                self._closing.wait(0.5)  # what a step logs in this time goes out as one batch
+                took = time.monotonic() - started
+                self._closing.wait(min(max(0.5, 4 * took), 10.0))  # what is recorded meanwhile goes out together; a fifth of a core at most
 
 
-def deliver(
-    config: TrackingConfig,
-    journal: Journal,
-    *,
-    default_uri: str,
-    experiment: str,
-    artifact_root: str | None,
-    note: str | None = None,
-    columns: Sequence[str] = ("test/accuracy",),
-) -> int:
+def deliver(target: Target, journal: Journal) -> int:
     """Deliver all that waits in a journal that no job writes any more; returns the number of events. Runs left open become KILLED.
 
     Raises TrackingError if the server cannot be used.
     """
     prepare_process()
     journal.finish_unfinished("KILLED")
-    uri = config.uri or default_uri
-    delivery = Delivery(uri, journal, config.experiment or experiment, artifact_root, note, columns)
+    delivery = Delivery(target, journal)
     try:
         before = delivery.connect()
         while delivery.step():
             pass
     except Away as error:
-        raise _unreachable(uri, str(error)) from error
+        raise _unreachable(target.uri, str(error)) from error
     return delivery.delivered - before
 
 

@@ -6,22 +6,24 @@ journal at a time: it holds the lock. The first line names the journal, so that 
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
 import math
-import threading
-import time
+import re
+import sys
 import uuid
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal
 
-from distillation.errors import ConflictError, InputError
+from cluster.logfile import Event, LogFile, read
 
 Scalar = str | int | float | bool | None
 Status = Literal["FINISHED", "FAILED", "KILLED"]
-Event = dict[str, Any]
+
+RUN_MARK = re.compile(r"\{run:([^{}]*)\}")
+"""In a note: {run:KEY} becomes the run's id in MLflow."""
 
 _log = logging.getLogger(__name__)
 
@@ -33,37 +35,33 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path.resolve()
-        self._file = self.path.open("a+b")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._file.close()
-            raise ConflictError(
-                "DST-8101", "another process records this job", where=str(self.path), do="Wait until it has ended, or stop it"
-            ) from None
-        self._lock = threading.RLock()
-        self.count = 0
-        self._steps: dict[tuple[str, str], int] = {}
+        self._file = LogFile(path)
+        self.path = self._file.path
+        self._steps: dict[str, dict[str, int]] = {}
         self._params: dict[str, dict[str, str]] = {}
         self._times: dict[str, int] = {}
         self._unfinished: dict[str, None] = {}
-        try:
-            self.id = self._replay()
-        except InputError:
-            self._file.close()
-            raise
+        self.has_note = False
+        first: Event | None = None
+        for event in self._file.replay():
+            first = first or event
+            self._remember(event)
+        self.id = str((first or self._write("journal", id=uuid.uuid4().hex))["id"])
 
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
     def close(self) -> None:
         """Give the lock back. Recording afterwards is an error."""
         self._file.close()
+
+    @property
+    def count(self) -> int:
+        """Number of events."""
+        return self._file.count
 
     # ---------------------------------------------------------------------------------------------------------- record
 
@@ -83,7 +81,7 @@ class Journal:
 
     def params(self, key: str, flat: Mapping[str, Scalar]) -> None:
         """Settings of a run. A parameter is written once: another value for it is left out, with a warning."""
-        with self._lock:
+        with self._file.lock:
             known = self._params.get(key, {})
             changed = sorted(name for name, value in flat.items() if known.get(name, str(value)) != str(value))
             new = {name: str(value) for name, value in flat.items() if name not in known}
@@ -101,8 +99,9 @@ class Journal:
 
         MLflow turns infinity into 1.8e308, so values that are not finite become a tag "nonfinite/<metric>".
         """
-        with self._lock:
-            new = {name: float(value) for name, value in values.items() if step > self._steps.get((key, name), -1)}
+        with self._file.lock:
+            known = self._steps.get(key, {})
+            new = {name: float(value) for name, value in values.items() if step > known.get(name, -1)}
             finite = {name: value for name, value in new.items() if math.isfinite(value)}
             odd = {name: str(value) for name, value in new.items() if name not in finite}
             if new:
@@ -117,11 +116,35 @@ class Journal:
         """A data set that the run read. `digest`: a fingerprint; MLflow keeps its first 36 characters."""
         self._append("dataset", key, name=name, digest=digest, source=source, context=context)
 
-    def model(self, key: str, folder: Path, *, name: str, input_example: Sequence[str], registered: str | None = None) -> None:
-        """A text classifier as `save_pretrained` wrote it, read at delivery; also as a new version of the model `registered`."""
+    def model(
+        self,
+        key: str,
+        folder: Path,
+        *,
+        name: str,
+        input_example: Sequence[str],
+        registered: str | None = None,
+        alias: str | None = None,
+    ) -> None:
+        """A text classifier as `save_pretrained` wrote it, read at delivery.
+
+        registered: also a version of this registered model; alias: a name such as "champion" that moves to the version recorded last.
+        """
         assert (folder / "config.json").is_file(), folder
         assert (folder / "tokenizer_config.json").is_file(), folder
-        self._append("model", key, folder=str(folder.resolve()), name=name, input_example=list(input_example), registered=registered)
+        assert registered or not alias, "only a registered model has aliases"
+        content = {"folder": str(folder.resolve()), "name": name, "input_example": list(input_example)}
+        self._append("model", key, **content, registered=registered, alias=alias)
+
+    def note(self, markdown: str) -> None:
+        """What stands above all runs, in place of what stood there. Folded up, MLflow shows its first line.
+
+        `{run:KEY}` becomes the id of that run in MLflow and `{experiment}` that of the experiment, so a picture that was logged with a run is
+        shown by `![front](get-artifact?path=front.png&run_uuid={run:KEY})`: as wide as it is, without its right side if that is over 800 px.
+        """
+        unknown = [key for key in RUN_MARK.findall(markdown) if key not in self._times]
+        assert not unknown, f"runs {unknown} were not declared"
+        self._write("note", markdown=markdown)
 
     def finish(self, key: str, status: Status) -> None:
         self._append("finish", key, status=status)
@@ -135,60 +158,33 @@ class Journal:
 
     # ------------------------------------------------------------------------------------------------------------ read
 
+    def has_ended(self, key: str) -> bool:
+        """Whether a run was declared, and finished since."""
+        return key in self._times and key not in self._unfinished
+
     def events(self, offset: int = 0, most: int = 2000) -> list[tuple[Event, int]]:
         """Up to `most` events from a byte offset on, each with the offset behind it. A line that is not whole is not there yet."""
-        found: list[tuple[Event, int]] = []
-        with self.path.open("rb") as file:
-            file.seek(offset)
-            for line in file:
-                if len(found) == most or not line.endswith(b"\n"):
-                    break
-                offset += len(line)
-                found.append((self._parse(line, offset - len(line)), offset))
-        return found
-
-    def _parse(self, line: bytes, offset: int) -> Event:
-        try:
-            event = json.loads(line)
-            event["kind"], event["seq"], event["time"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                "DST-3501", "tracking journal was altered", where=f"{self.path} at byte {offset}", found=repr(line[:60]),
-                do="Move the file away and run again: finished work is found, recording starts anew",
-            ) from error  # fmt: skip
-        return dict(event)
+        return list(islice(read(self.path, offset), most))
 
     # --------------------------------------------------------------------------------------------------------- private
 
-    def _replay(self) -> str:
-        """Take up what the file holds, cut off a torn last line, and return the journal's id."""
-        offset, first = 0, None
-        while found := self.events(offset):
-            for event, offset in found:  # noqa: B007
-                first = first or event
-                self._remember(event)
-        self._file.truncate(offset)
-        if first is None:
-            first = {"kind": "journal", "id": uuid.uuid4().hex}
-            self._write(first)
-        return str(first["id"])
-
     def _append(self, kind: str, key: str, **content: Any) -> None:
-        with self._lock:
-            assert kind == "run" or key in self._times, f"run {key} was not declared"
-            self._write({"kind": kind, "key": key, **content})
+        assert kind == "run" or key in self._times, f"run {key} was not declared"
+        self._write(kind, key=key, **content)
 
-    def _write(self, event: Event) -> None:
-        event = {"seq": self.count, "time": int(time.time() * 1000), **event}
-        self._file.write(json.dumps(event, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace") + b"\n")
-        self._file.flush()
-        self._remember(event)
+    def _write(self, kind: str, **content: Any) -> Event:
+        with self._file.lock:
+            event = self._file.write(kind, **content)
+            self._remember(event)
+            return event
 
     def _remember(self, event: Event) -> None:
-        self.count += 1
         key = event.get("key", "")
         match event["kind"]:
             case "journal":
+                return
+            case "note":
+                self.has_note = True
                 return
             case "run":
                 self._unfinished[key] = None
@@ -197,6 +193,6 @@ class Journal:
             case "params":
                 self._params.setdefault(key, {}).update(event["values"])
             case "metrics":
-                for name in (*event["values"], *event["nonfinite"]):
-                    self._steps[key, name] = event["step"]
+                names = map(sys.intern, (*event["values"], *event["nonfinite"]))  # thousands of runs have the same names
+                self._steps.setdefault(key, {}).update(dict.fromkeys(names, event["step"]))
         self._times[key] = event["time"]

@@ -11,9 +11,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
-from distillation.errors import ConfigError
+from cluster.logfile import read
+from distillation.errors import ConfigError, InputError
 
 VIEW = "distillery"
 PORT = 5000
@@ -30,6 +32,12 @@ def experiment_url(uri: str, experiment_id: str) -> str:
     return f"{server_of(uri)}/#/experiments/{experiment_id}/runs?{query}"
 
 
+def chart_url(uri: str, experiment_id: str, metric: str, ascending: bool = False) -> str:
+    """Charts of the runs: drawn are the first ten, so those with most of the metric, or with least."""
+    query = {"orderByKey": f"metrics.`{metric}`", "orderByAsc": str(ascending).lower(), "compareRunsMode": "CHART"}
+    return f"{server_of(uri)}/#/experiments/{experiment_id}/runs?{urlencode(query | {'workflowType': 'machine_learning'})}"
+
+
 def run_url(uri: str, experiment_id: str, run_id: str) -> str:
     return f"{server_of(uri)}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
@@ -39,12 +47,47 @@ def compare_url(uri: str, experiment_id: str, run_ids: Sequence[str]) -> str:
     return f"{server_of(uri)}/#/compare-runs?runs={runs}&experiments={experiments}&workflowType=machine_learning"
 
 
-def view_tag(columns: Sequence[str]) -> str:
+def view_tag(columns: Sequence[str], ascending: bool = False) -> str:
     """Value of the experiment tag mlflow.sharedViewState.<VIEW>, as the page's own "share" button writes it."""
-    order = {"orderByKey": f"metrics.`{columns[0]}`", "orderByAsc": False}
+    order = {"orderByKey": f"metrics.`{columns[0]}`", "orderByAsc": ascending}
     shown = [*(f"metrics.`{name}`" for name in columns), "attributes.`Models`"]
     layout = {"columnOrder": shown, "columnWidths": dict.fromkeys(shown, 150), "runsHiddenMode": "SHOW_ALL"}
     return json.dumps({**order, "selectedColumns": shown, **layout})
+
+
+class Recorded(NamedTuple):
+    """What of a journal is in MLflow."""
+
+    uri: str
+    experiment_id: str
+    runs: dict[str, str]
+    """Id of a run by its key."""
+
+
+def recorded(journal: Path) -> Recorded | None:
+    """What was delivered of a journal, also while it is recorded and delivered; needs no server. None if nothing was."""
+    state = read_state(journal)
+    return Recorded(state["uri"], state["experiment_id"], state["runs"]) if state else None
+
+
+def state_file(journal: Path) -> Path:
+    return journal.with_name(f"{journal.name}.delivered.jsonl")
+
+
+def read_state(journal: Path) -> dict[str, Any] | None:
+    """How far the delivery of a journal is: the last line that cluster/tracking.py wrote, with the runs of all of them.
+
+    None where there is none, where it is of another journal or cannot be read: then everything is delivered again.
+    """
+    state: dict[str, Any] = {}
+    runs: dict[str, str] = {}
+    try:
+        first, _ = next(read(journal))
+        for state, _ in read(state_file(journal)):
+            runs |= state["runs"]
+        return {**state, "runs": runs} if state["journal"] == first["id"] else None
+    except (FileNotFoundError, StopIteration, InputError, KeyError):
+        return None
 
 
 def ui(uri: str, artifact_root: str, port: int = PORT) -> int:

@@ -91,10 +91,6 @@ class Checkpoints:
         self.history[:] = [(step, metrics) for step, metrics in json.loads(files["history.json"].read_text())]
         return Position(**manifest.facts["position"])
 
-    def discard(self) -> None:
-        """Remove all of them; the run is finished."""
-        self._storage.delete(self._folder)
-
     def _write(self, weights: dict[str, Tensor], moments: dict[str, Tensor], position: Position, history: list[Any]) -> None:
         try:
             with tempfile.TemporaryDirectory(prefix="distillery-") as name:

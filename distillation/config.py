@@ -221,6 +221,26 @@ class ForwardKL(Config):
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
 
+class ReverseKL(Config):
+    """KL(student || teacher) of the softened distributions, times temperature squared."""
+
+    type: Literal["reverse_kl"]
+    weight: float = Field(1.0, ge=0)
+    temperature: float = Field(2.0, gt=0, le=100)
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+
+
+class JensenShannon(Config):
+    """Generalised Jensen-Shannon divergence over beta (1 - beta), of the softened distributions, times temperature squared."""
+
+    type: Literal["jsd"]
+    weight: float = Field(1.0, ge=0)
+    temperature: float = Field(2.0, gt=0, le=100)
+    beta: float = Field(0.5, ge=0, le=1)
+    """The teacher's share of the mixture: 0 is forward KL, 1 reverse KL, between them it changes smoothly."""
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+
+
 class L2Distil(Config):
     """Squared L2 distance between student and teacher probabilities, summed over classes."""
 
@@ -248,7 +268,7 @@ class PatientKD(Config):
     needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
 
 
-LossConfig = Annotated[CrossEntropy | ForwardKL | L2Distil | LogitMSE | PatientKD, Field(discriminator="type")]
+LossConfig = Annotated[CrossEntropy | ForwardKL | ReverseKL | JensenShannon | L2Distil | LogitMSE | PatientKD, Field(discriminator="type")]
 
 
 class FitConfig(Config):
@@ -273,3 +293,7 @@ class FitConfig(Config):
     """Folder of the finished model in the storage; checkpoints lie beside it."""
     fingerprint: str
     """Of everything that made this run."""
+    rungs: tuple[int, ...] = ()
+    """Rows seen after which the validation split is scored, besides training.evaluate_every."""
+    keep_model: bool = True
+    """False: a trial of a search, whose product is its numbers: no model is committed."""

@@ -27,18 +27,14 @@ from distillation.tasks import build_task
 def train(config: FitConfig, session: Session, made_from: Mapping[str, Any]) -> dict[str, float]:
     """Train, commit the model under `config.output` and return the last metrics.
 
-    A run that is finished is found and not repeated; one that was stopped goes on from its newest checkpoint. Raises what
-    `open_rows`, `build_student` and the loop raise.
+    A run that is finished is found and not repeated; one that was stopped goes on from its newest checkpoint. Without
+    `config.keep_model` a model is neither looked for nor committed, and the checkpoints stay: who records the numbers calls
+    `discard_checkpoints` then. Raises what `open_rows`, `build_student` and the loop raise.
     """
     models.quiet()
     storage = Storage(config.storage)
-    done = store.find(storage, config.output)
-    finished = torch.tensor([float(done is not None and done.fingerprint == config.fingerprint)], device=session.device)
-    if session.rank != 0:
-        finished.zero_()
-    if session.all_reduce(finished).item():  # rank 0 decides for all: another job may be finishing this very run
-        manifest, _ = store.open_artifact(storage, config.output, "model")
-        return dict(manifest.facts["result"])
+    if config.keep_model and (found := _finished(storage, config, session)) is not None:
+        return found
     teacher = model_folder(storage, config.teacher) if config.teacher else None
     source = _own_folder(config) if isinstance(config.student, PretrainedStudent) else teacher
     assert source is not None
@@ -53,14 +49,37 @@ def train(config: FitConfig, session: Session, made_from: Mapping[str, Any]) -> 
         config.student, teacher, config.labels, report_layers=student_layers(config.losses), dropout=training.dropout, seed=training.seed
     )
     module.train()
-    checkpoints = Checkpoints(storage, f"{config.output}.checkpoints", config.fingerprint)
-    result = Fit(module, rows, validation, config.losses, training, session, checkpoints).run()
+    checkpoints = Checkpoints(storage, _checkpoints(config.output), config.fingerprint)
+    result = Fit(module, rows, validation, config.losses, training, session, checkpoints, config.rungs).run()
+    if not config.keep_model:
+        return result
     if session.rank == 0 and store.find(storage, config.output) is None:
         # The tokenizer that cut the corpus goes with the student, also with a pretrained one.
         _commit(storage, config, module, teacher or source, {"result": result, "history": checkpoints.history}, made_from)
-        checkpoints.discard()
+        discard_checkpoints(storage, config.output)
     session.all_reduce(torch.zeros(1, device=session.device))  # nobody leaves before the model is committed
     return result
+
+
+def discard_checkpoints(storage: Storage, output: str) -> None:
+    """Remove those of the run with this `FitConfig.output`, which is over. None there is fine."""
+    storage.delete(_checkpoints(output))
+
+
+def _checkpoints(output: str) -> str:
+    return f"{output}.checkpoints"
+
+
+def _finished(storage: Storage, config: FitConfig, session: Session) -> dict[str, float] | None:
+    """What this very run gave, if it was finished."""
+    done = store.find(storage, config.output)
+    finished = torch.tensor([float(done is not None and done.fingerprint == config.fingerprint)], device=session.device)
+    if session.rank != 0:
+        finished.zero_()
+    if not session.all_reduce(finished).item():  # rank 0 decides for all: another job may be finishing this very run
+        return None
+    manifest, _ = store.open_artifact(storage, config.output, "model")
+    return dict(manifest.facts["result"])
 
 
 def adopt(

@@ -12,15 +12,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
-from torch.utils.flop_counter import FlopCounterMode
 
 from distillation.batches import sorted_batches
 from distillation.errors import InputError
 from distillation.models import load_classifier, use_bf16
 from distillation.store import Columns
-from distillation.students import parameter_ratio
+from distillation.students import flops, parameter_ratio
 
 Precision = Literal["auto", "bf16", "fp32"]
 
@@ -131,7 +129,7 @@ def costs(
         {
             "parameters": sum(p.numel() for p in model.parameters()),
             "bytes": sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-            "flops": _flops(model, row),
+            "flops": flops(model, row),
             "latency_ms_p50": float(np.percentile(milliseconds[i], 50)),
             "latency_ms_p95": float(np.percentile(milliseconds[i], 95)),
             "rows_per_second": len(sample) / seconds[i],
@@ -184,10 +182,3 @@ def _seconds(model: Any, batches: Sequence[dict[str, torch.Tensor]], threads: in
             model(**batch)
 
     return float(Timer("run()", globals={"run": run}, num_threads=threads).blocked_autorange(min_run_time=0.5).median)
-
-
-def _flops(model: Any, row: dict[str, torch.Tensor]) -> int:
-    # The fused attention kernel of the CPU has no formula in the counter and would count as nothing; the plain one is matrix products.
-    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(**row)
-    return int(counter.get_total_flops())

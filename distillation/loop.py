@@ -7,9 +7,10 @@ had not been, and the position is the whole state besides weights and optimizer.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,8 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from distillation.batches import EpochPlan, cut, plan_epoch, share, sorted_batches
 from distillation.checkpoints import Checkpoints, Position
 from distillation.config import LossConfig, TrainingConfig
+from distillation.curves import Curve
 from distillation.errors import DivergedError, InputError
-from distillation.losses import describe, scored, weigh
+from distillation.losses import gradient_squares, scored, weigh
 from distillation.models import use_bf16
 from distillation.rows import Rows
 from distillation.signals import UNLABELLED, Batch, Outputs
@@ -83,27 +85,73 @@ def make_optimizer(module: nn.Module, training: TrainingConfig) -> torch.optim.A
 
 
 class Schedule:
-    """Which rows belong to which step, over all epochs; plans an epoch when it is reached."""
+    """Which rows belong to which step, over all epochs; holds the plan of the epoch it was last asked for.
 
-    def __init__(self, rows: Rows, used: np.ndarray, training: TrainingConfig) -> None:
+    Raises InputError where no row is used.
+    """
+
+    def __init__(self, lengths: np.ndarray, used: np.ndarray, training: TrainingConfig) -> None:
         if len(used) == 0:
             raise InputError("DST-3302", "no rows to train on", expected="rows that a loss can score", found="none")
-        self._rows, self._used, self._training = rows, used, training
-        self._plans: dict[int, EpochPlan] = {}
-        self.total = training.steps or sum(self._plan(epoch).steps for epoch in range(training.epochs or 0))
+        self._lengths, self._used, self._training = lengths, used, training
+        self._plan = (-1, EpochPlan(used, np.zeros(1, np.int64)))
+        seen, steps = [np.zeros((1, 2), np.int64)], 0
+        for epoch in itertools.count() if training.steps else range(training.epochs or 0):
+            plan = self._of(epoch)
+            tokens = np.concatenate([[0], np.cumsum(lengths[plan.rows], dtype=np.int64)])
+            seen.append(seen[-1][-1] + np.stack([plan.bounds, tokens[plan.bounds]], axis=1)[1:])
+            steps += plan.steps
+            if training.steps and steps >= training.steps:
+                break
+        self._seen = np.concatenate(seen)[: training.steps + 1 if training.steps else None]
+        self.total = len(self._seen) - 1
 
-    def _plan(self, epoch: int) -> EpochPlan:
-        if epoch not in self._plans:
-            self._plans = {epoch: plan_epoch(self._rows.lengths, self._used, self._training.batch_tokens, self._training.seed, epoch)}
-        return self._plans[epoch]
+    def seen(self, step: int) -> dict[str, float]:
+        """Rows and their tokens, without padding, in the first `step` steps of the run, over all epochs and ranks."""
+        rows, tokens = self._seen[step].tolist()
+        return {"train/rows": rows, "train/tokens": tokens}
+
+    def step_of(self, rows: int) -> int:
+        """Steps after which at least so many rows were seen; one more than there are where that is never."""
+        return int(np.searchsorted(self._seen[:, 0], rows))
 
     def locate(self, position: Position) -> Position:
         """The position, moved to the start of the next epoch if its own is done."""
-        done = position.step_in_epoch >= self._plan(position.epoch).steps
+        done = position.step_in_epoch >= self._of(position.epoch).steps
         return Position(position.step, position.epoch + 1, 0) if done else position
 
     def batch(self, position: Position) -> np.ndarray:
-        return self._plan(position.epoch).batch(position.step_in_epoch)
+        return self._of(position.epoch).batch(position.step_in_epoch)
+
+    def _of(self, epoch: int) -> EpochPlan:
+        if self._plan[0] != epoch:
+            self._plan = epoch, plan_epoch(self._lengths, self._used, self._training.batch_tokens, self._training.seed, epoch)
+        return self._plan[1]
+
+
+def schedule(lengths: np.ndarray, labelled: np.ndarray, losses: Mapping[str, LossConfig], training: TrainingConfig) -> Schedule:
+    """Of a training with these losses: where all of them need labels, of the labelled rows alone.
+
+    lengths: tokens of every row, [all rows]. labelled: numbers of the rows that have a label.
+    """
+    only_labels = all("labels" in loss.needs for loss in losses.values())
+    return Schedule(lengths, labelled if only_labels else np.arange(len(lengths)), training)
+
+
+def total_steps(lengths: np.ndarray, labelled: np.ndarray, losses: Mapping[str, LossConfig], training: TrainingConfig) -> int:
+    """Optimizer steps of a training. Arguments and errors as of `schedule`."""
+    return schedule(lengths, labelled, losses, training).total
+
+
+def steps_for(
+    lengths: np.ndarray, labelled: np.ndarray, losses: Mapping[str, LossConfig], training: TrainingConfig, share: float
+) -> tuple[int, int]:
+    """The first step after which `share` (above 0, at most 1) of the rows of the whole training were seen, and how many these are."""
+    assert 0 < share <= 1, share
+    plan = schedule(lengths, labelled, losses, training)
+    wanted = max(1, math.ceil(share * plan.seen(plan.total)["train/rows"] - 1e-6))  # 0.28 * 50 is a little above 14
+    step = plan.step_of(wanted)
+    return step, int(plan.seen(step)["train/rows"])
 
 
 @dataclass
@@ -117,6 +165,8 @@ class Fit:
     training: TrainingConfig
     session: Session
     checkpoints: Checkpoints | None
+    rungs: Sequence[int] = ()
+    """Rows seen after which the validation split is scored, whatever training.evaluate_every says."""
 
     def run(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one. Returns the last validation metrics and totals.
@@ -131,8 +181,8 @@ class Fit:
 
     def _train(self) -> dict[str, float]:
         training, session = self.training, self.session
-        only_labels = all("labels" in loss.needs for loss in self.losses.values())
-        schedule = Schedule(self.rows, self.rows.labelled if only_labels else np.arange(len(self.rows)), training)
+        plan = schedule(self.rows.lengths, self.rows.labelled, self.losses, training)
+        rungs = {plan.step_of(rows) for rows in self.rungs}
         self.module.to(session.device)
         optimizer = make_optimizer(self.module, training)
         position = Position(0, 0, 0)
@@ -140,40 +190,45 @@ class Fit:
             position = self.checkpoints.restore(self.module, optimizer, session) or position
         self._wrapped = session.wrap(self.module)
         self._bf16 = use_bf16(training.precision, session.device)
-        curve = _Curve(self.losses, session)
+        curve = Curve(self.losses, session)
         self.history: list[tuple[int, dict[str, float]]] = self.checkpoints.history if self.checkpoints is not None else []
         for step, metrics in self.history:  # the process that reported them may have died before they arrived
             session.report(metrics, step)
         latest: dict[str, float] = {}
         started, first = time.perf_counter(), position.step
-        while position.step < schedule.total:
-            position = schedule.locate(position)
-            batch = schedule.batch(position)
-            rate = learning_rate(position.step, schedule.total, training)
-            sums, counts, norm = self._step(optimizer, batch, position.step, rate)
-            position = Position(position.step + 1, position.epoch, position.step_in_epoch + 1)
-            curve.add(sums, counts, len(batch), int(self.rows.lengths[batch].sum()))
-            last = position.step == schedule.total
+        while position.step < plan.total:
+            position = plan.locate(position)
+            batch = plan.batch(position)
+            rate, step = learning_rate(position.step, plan.total, training), position.step + 1
+            last, rung = step == plan.total, step in rungs
             every = training.checkpoint_every if self.checkpoints is not None else 0
-            saving = bool(every and position.step % every == 0 and not last)
+            saving = bool(every and step % every == 0 and not last)
             # A point at every checkpoint too: what is added up between two points is not part of one.
-            if position.step % training.log_every == 0 or last or saving:
-                self._report({**curve.take(), "train/learning_rate": rate, "train/gradient_norm": norm}, position.step)
-            if self.validation is not None and (last or (training.evaluate_every and position.step % training.evaluate_every == 0)):
+            reporting = step % training.log_every == 0 or last or saving or rung
+            sums, squares, counts, norm = self._step(optimizer, batch, position.step, rate, reporting)
+            position = Position(step, position.epoch, position.step_in_epoch + 1)
+            curve.add(sums, counts, len(batch), int(self.rows.lengths[batch].sum()))
+            if reporting:
+                point = curve.take(squares)
+                self._report({**point, **plan.seen(step), "train/learning_rate": rate, "train/gradient_norm": norm}, step)
+            if self.validation is not None and (last or rung or (training.evaluate_every and step % training.evaluate_every == 0)):
                 paused = time.perf_counter()
                 latest = self.evaluate(self.validation)
-                self._report(latest, position.step)
+                self._report({**latest, **plan.seen(step)}, step)
                 curve.pause(time.perf_counter() - paused)
             if self.checkpoints is not None and saving:
                 self.checkpoints.save(self.module, optimizer, position, session)
         if self.checkpoints is not None:
             self.checkpoints.close()
-        return {**latest, "steps": schedule.total, "resumed_at": first, "seconds": time.perf_counter() - started}
+        return {**latest, "steps": plan.total, "resumed_at": first, "seconds": time.perf_counter() - started}
 
     def _step(
-        self, optimizer: torch.optim.Optimizer, rows: np.ndarray, step: int, rate: float
-    ) -> tuple[dict[str, Tensor], dict[str, int], float]:
-        """One optimizer step on a global batch. Returns this rank's raw sums, the step's counts, and the gradient norm."""
+        self, optimizer: torch.optim.Optimizer, rows: np.ndarray, step: int, rate: float, reporting: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int], float]:
+        """One optimizer step on a global batch.
+
+        Returns this rank's raw sums and, if it is reported, squared gradients of the terms; the step's counts, and the gradient norm.
+        """
         training, session, lengths = self.training, self.session, self.rows.lengths
         labels = np.where(self.rows.labels[rows] < 0, UNLABELLED, self.rows.labels[rows])
         counts = {name: scored(loss, labels) for name, loss in self.losses.items()}
@@ -184,6 +239,7 @@ class Fit:
             group["lr"] = rate
         optimizer.zero_grad(set_to_none=True)
         sums: dict[str, Tensor] = {name: torch.zeros((), device=session.device) for name in self.losses}
+        squares = sums
         # A rank without rows still takes part in the exchange of gradients: it computes one row that counts nothing.
         for number, piece in enumerate(pieces or [rows[:1]]):
             batch = self.rows.batch(piece).to(session.device)
@@ -195,6 +251,8 @@ class Fit:
                 (loss * (session.world_size if pieces else 0)).backward()  # type: ignore[no-untyped-call]
             if pieces:
                 sums = {name: sums[name] + raw[name] for name in sums}
+            if pieces and reporting:
+                squares = {name: squares[name] + value for name, value in gradient_squares(self.losses, outputs, batch, counts).items()}
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = float(total)
@@ -203,7 +261,7 @@ class Fit:
         if norm > training.clip:  # asked first: scaling by 1 would touch every gradient for nothing
             torch.nn.utils.clip_grads_with_norm_(parameters, training.clip, total)
         optimizer.step()
-        return sums, counts, norm
+        return sums, squares, counts, norm
 
     def _report(self, metrics: dict[str, float], step: int) -> None:
         self.history.append((step, metrics))
@@ -243,32 +301,3 @@ class Fit:
         self.module.train()
         stacked = self.session.all_reduce(torch.stack([totals[name] for name in sorted(totals)]).to(self.session.device))
         return {f"validation/{name}": float(total / count) for name, (total, count) in zip(sorted(totals), stacked, strict=True) if count}
-
-
-class _Curve:
-    """Adds up what happened between two points of a learning curve."""
-
-    def __init__(self, losses: Mapping[str, LossConfig], session: Session) -> None:
-        self._losses, self._session = losses, session
-        self._sums: dict[str, Tensor] = {}
-        self._counts = dict.fromkeys(losses, 0)
-        self._rows = self._tokens = 0
-        self._clock = time.perf_counter()
-
-    def add(self, sums: Mapping[str, Tensor], counts: Mapping[str, int], rows: int, tokens: int) -> None:
-        self._sums = {name: self._sums.get(name, 0.0) + value for name, value in sums.items()}
-        self._counts = {name: self._counts[name] + count for name, count in counts.items()}
-        self._rows, self._tokens = self._rows + rows, self._tokens + tokens
-
-    def pause(self, seconds: float) -> None:
-        """Leave out time that was spent on something else."""
-        self._clock += seconds
-
-    def take(self) -> dict[str, float]:
-        """The point, over all ranks; starts the next one."""
-        stacked = self._session.all_reduce(torch.stack([self._sums[name] for name in self._losses]).double())
-        seconds = time.perf_counter() - self._clock
-        point = describe(self._losses, dict(zip(self._losses, stacked.tolist(), strict=True)), self._counts)
-        point |= {"perf/rows_per_second": self._rows / seconds, "perf/tokens_per_second": self._tokens / seconds}
-        self.__init__(self._losses, self._session)  # type: ignore[misc]
-        return point

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from distillation import divergences
-from distillation.config import CrossEntropy, ForwardKL, L2Distil, LogitMSE, LossConfig, PatientKD
+from distillation.config import CrossEntropy, ForwardKL, JensenShannon, L2Distil, LogitMSE, LossConfig, PatientKD, ReverseKL
 from distillation.signals import UNLABELLED, Batch, Outputs
 
 
@@ -25,6 +26,16 @@ def _cross_entropy(config: CrossEntropy, outputs: Outputs, batch: Batch) -> Tens
 def _forward_kl(config: ForwardKL, outputs: Outputs, batch: Batch) -> Tensor:
     assert batch.signal.logits is not None
     return divergences.forward_kl(outputs.logits, batch.signal.logits, config.temperature)
+
+
+def _reverse_kl(config: ReverseKL, outputs: Outputs, batch: Batch) -> Tensor:
+    assert batch.signal.logits is not None
+    return divergences.reverse_kl(outputs.logits, batch.signal.logits, config.temperature)
+
+
+def _jsd(config: JensenShannon, outputs: Outputs, batch: Batch) -> Tensor:
+    assert batch.signal.logits is not None
+    return divergences.jsd(outputs.logits, batch.signal.logits, config.temperature, config.beta)
 
 
 def _l2_distil(config: L2Distil, outputs: Outputs, batch: Batch) -> Tensor:
@@ -49,6 +60,8 @@ def _pkd(config: PatientKD, outputs: Outputs, batch: Batch) -> Tensor:
 TERMS: Mapping[str, Callable[[Any, Outputs, Batch], Tensor]] = {
     "cross_entropy": _cross_entropy,
     "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "jsd": _jsd,
     "l2_distil": _l2_distil,
     "logit_mse": _logit_mse,
     "pkd": _pkd,
@@ -79,6 +92,24 @@ def weigh(losses: Mapping[str, LossConfig], outputs: Outputs, batch: Batch, coun
         sums[name] = raw.detach()
         total = total + config.weight * raw / max(counts[name], 1)
     return total, sums
+
+
+def gradient_squares(losses: Mapping[str, LossConfig], outputs: Outputs, batch: Batch, counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """Squared norm of each weighted term's gradient with respect to what the student says: its logits and reported hidden states.
+
+    Of this microbatch's share of the step's loss, so that the squares of all microbatches and ranks add up to that of the step: how hard
+    each term pulls at the outputs, at no backward pass through the model. It is not the norm of the term's gradient with respect to the
+    weights, says nothing of direction (two terms that cancel are both large), and does not compare logits with hidden states.
+    """
+    told = [values for values in (outputs.logits, outputs.hidden) if values is not None]
+    leaves = [values.detach().float().requires_grad_() for values in told]
+    copy = Outputs(leaves[0], leaves[1] if len(leaves) > 1 else None)
+    squares = {}
+    for name, config in losses.items():
+        share = config.weight * TERMS[config.type](config, copy, batch).sum() / max(counts[name], 1)
+        slopes = torch.autograd.grad(share, leaves, allow_unused=True)
+        squares[name] = torch.stack([slope.square().sum() for slope in slopes if slope is not None]).sum()
+    return squares
 
 
 def describe(losses: Mapping[str, LossConfig], sums: Mapping[str, float], counts: Mapping[str, int]) -> dict[str, float]:

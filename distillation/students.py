@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from distillation import models
 from distillation.config import LayersStudent, PretrainedStudent, ProbeStudent, ScratchStudent, StudentConfig
@@ -102,6 +106,77 @@ class Probe(nn.Module):
         return model
 
 
+# -------------------------------------------------------------------------------------------------------------- sizes
+
+
+def outline(config: StudentConfig, model: Path, labels: Sequence[str]) -> nn.Module:
+    """The network of a student on the meta device: every shape, no tensor read or filled. A probe is the whole teacher with its head.
+
+    model: folder of the teacher, or of what it starts from; how many labels that has does not matter. Raises what `build_student` raises
+    about settings that do not fit.
+    """
+    if isinstance(config, PretrainedStudent):
+        model = models.locate(config.model, revision=config.revision, pickled_weights=config.pickled_weights)
+    settings = _settings(model, None)
+    if isinstance(config, LayersStudent):
+        _keep_layers(settings, chosen_layers(config, settings.num_hidden_layers))
+    elif isinstance(config, ScratchStudent):
+        _resize(settings, config, model)
+    settings.id2label, settings.label2id = dict(enumerate(labels)), {name: i for i, name in enumerate(labels)}
+    with torch.device("meta"):
+        network: nn.Module = _new(settings).eval()
+    return network
+
+
+def size_of(config: StudentConfig, model: Path, labels: Sequence[str], tokens: int) -> dict[str, float]:
+    """What serving a student takes, known before it is trained: parameters, bytes of its fp32 weights, flops of a row of `tokens` tokens.
+
+    Arguments and errors as of `outline`. As `inference.cost` finds them, but for the header of the file.
+    """
+    network = outline(config, model, labels)
+    distinct = {id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()}  # shared ones are written once
+    return {
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in distinct.values()),
+        "flops": _flops_of_outline(network, tokens),
+    }
+
+
+def _flops_of_outline(network: Any, tokens: int) -> int:
+    network.config.use_cache = False  # makes real tensors
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            row = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+            return flops(network, {"input_ids": row, "attention_mask": torch.ones_like(row)})
+    except RuntimeError:  # an architecture that looks at values, such as longformer: zeros do, and bart's end of a text
+        network.to_empty(device="cpu")
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.data.zero_()
+        row = torch.zeros(1, tokens, dtype=torch.int64)
+        row[:, -1] = network.config.eos_token_id or 0
+        return flops(network, {"input_ids": row, "attention_mask": torch.ones_like(row)})
+
+
+def flops(model: Any, row: dict[str, Tensor]) -> int:
+    """Of the matrix products of one forward pass; a product and a sum are two."""
+    # The fused attention kernel of the CPU has no formula in the counter and would count as nothing; the plain one is matrix products.
+    with torch.inference_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(**row)
+    return int(counter.get_total_flops())
+
+
+def label(config: StudentConfig, depth: int) -> str:
+    """A student's size in a few characters, for people: L2, L4H312, a model's name, probe. depth: layers of the teacher."""
+    if isinstance(config, LayersStudent):
+        return f"L{len(chosen_layers(config, depth))}"
+    if isinstance(config, ScratchStudent):
+        return f"L{config.layers}H{config.hidden_size}"
+    if isinstance(config, ProbeStudent):
+        return "probe"
+    name = re.split(r"[/:]", config.model.rstrip("/"))[-1]
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:16].strip("-._") or "pretrained"
+
+
 def parameter_ratio(student_parameters: int, teacher_parameters: int) -> float:
     """R_p: parameters needed to serve the student over those of the teacher."""
     return student_parameters / teacher_parameters
@@ -114,11 +189,7 @@ def _cut(config: LayersStudent, teacher: Path, dropout: float | None) -> Any:
     """The teacher's architecture with fewer layers, every tensor taken from the teacher."""
     settings = _settings(teacher, dropout)
     layers = chosen_layers(config, settings.num_hidden_layers)
-    settings.num_hidden_layers = len(layers)
-    # Lists with one entry per layer (layer_types, ...) follow the cut.
-    for name, value in settings.to_dict().items():
-        if isinstance(value, list) and len(value) == models.read_config(teacher).get("num_hidden_layers", -1):
-            setattr(settings, name, [value[i] for i in layers])
+    _keep_layers(settings, layers)
     model = _new(settings)
     prefix = _layer_list(model, len(layers), teacher)
     tensors = Tensors(teacher)
@@ -131,6 +202,14 @@ def _cut(config: LayersStudent, teacher: Path, dropout: float | None) -> Any:
         state[name] = tensors.read(source)
     model.load_state_dict(state)
     return model
+
+
+def _keep_layers(settings: Any, layers: Sequence[int]) -> None:
+    """Lists with one entry per layer (layer_types, ...) follow the cut."""
+    depth, settings.num_hidden_layers = settings.num_hidden_layers, len(layers)
+    for name, value in settings.to_dict().items():
+        if isinstance(value, list) and len(value) == depth:
+            setattr(settings, name, [value[i] for i in layers])
 
 
 def _scratch(config: ScratchStudent, teacher: Path, dropout: float | None) -> Any:

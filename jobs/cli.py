@@ -7,11 +7,14 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from distillation.errors import ConfigError, DistilleryError, StorageError
+
+if TYPE_CHECKING:
+    from tuning.ledger import Search
 
 app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 recipes_app = typer.Typer(no_args_is_help=True, help="Job files that ship with Distillery.")
@@ -97,6 +100,87 @@ def export(
 
 
 @app.command()
+def search(job: Job, overrides: Overrides = None) -> None:
+    """Search over students and coefficients; ends with the smallest student that keeps what was asked for. Again: goes on."""
+    from jobs.config import load
+
+    config = load(job, overrides or [])
+    from jobs.search import search as run_search
+    from jobs.terminal import console
+
+    run_search(config, console())
+
+
+@app.command()
+def leaderboard(job: Job, overrides: Overrides = None, top: Annotated[int, typer.Option(min=1)] = 20, as_json: Json = False) -> None:
+    """Trials of a search, the best first; while it runs, too."""
+    import json
+    import time
+
+    from jobs.terminal import console
+    from tuning import views
+    from tuning.pareto import decide
+
+    recorded = _recorded(job, overrides)
+    decision = decide(recorded)
+    if as_json:
+        typer.echo(json.dumps(views.leaderboard_json(recorded, decision), indent=1))
+        return
+    console().print(views.leaderboard(recorded, decision, top))
+    console().print(views.status(recorded, decision, recorded.updated if recorded.ended else int(time.time() * 1000)), markup=False)
+
+
+@app.command()
+def compare(
+    job: Job,
+    overrides: Overrides = None,
+    trial: Annotated[Optional[list[int]], typer.Option(help="Number of a trial; several times. None: the front.")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Trials of a search side by side: where they differ, what they reach, what they cost."""
+    import json
+
+    from jobs.terminal import console
+    from tuning import views
+    from tuning.pareto import decide
+
+    recorded = _recorded(job, overrides)
+    if absent := [number for number in trial or [] if not 0 <= number < len(recorded.trials)]:
+        raise ConfigError("DST-2019", "no such trial", where="--trial", expected=f"0 to {len(recorded.trials) - 1}", found=str(absent))
+    numbers = trial or decide(recorded).front[:6]
+    if as_json:
+        typer.echo(json.dumps(views.compare_json(recorded, numbers), indent=1))
+    else:
+        console().print(views.compare(recorded, numbers))
+
+
+@app.command()
+def report(job: Job, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Write the page of a search from what is recorded, and print where it is; while it runs, too."""
+    import json
+
+    from jobs.config import load
+
+    recorded = _recorded(job, overrides)
+    from jobs.search import recorded_report
+
+    places = recorded_report(load(job, overrides or []), recorded)
+    if as_json:
+        typer.echo(json.dumps(places, indent=1))
+    else:
+        for title, place in places.items():
+            typer.echo(f"{title:<16}{place}")
+
+
+def _recorded(job: str, overrides: list[str] | None) -> Search:
+    """What the ledger of a job's search says now; loads nothing heavy."""
+    from jobs.config import load
+    from tuning.ledger import read_search
+
+    return read_search(load(job, overrides or []).workspace / "search" / "ledger.jsonl")
+
+
+@app.command()
 def plan(job: Job, overrides: Overrides = None, as_json: Json = False) -> None:
     """Print the stages, what is already there, and what they cost. Launches nothing."""
     import json
@@ -165,9 +249,8 @@ def sync(job: Job, overrides: Overrides = None) -> None:
 
     config = load(job, overrides or [])
     from jobs.pipeline import sync as deliver
-    from jobs.plan import make_plan
 
-    typer.echo(f"{deliver(make_plan(config))} events delivered")
+    typer.echo(f"{deliver(config)} events delivered")
 
 
 @app.command()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib.resources
+import os
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,9 +29,14 @@ from distillation.config import (
 )
 from distillation.errors import ConfigError
 from jobs.settings import MAX_BYTES, read_settings
+from tuning.config import Choice, KnobConfig, SearchConfig
+from tuning.space import Space, nearest, paths
 
 MAX_PROBLEMS = 20
 """Of a file that are told at once."""
+
+TURNED = ("student", "losses", "training")
+"""Parts of a job that a search may vary."""
 
 Name = Annotated[str, StringConstraints(pattern=NAME)]
 
@@ -63,10 +70,14 @@ class JobConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     cluster: ClusterConfig = ClusterConfig()
     tracking: TrackingConfig = TrackingConfig()
+    search: SearchConfig | None = None
+    """What `distill search` varies; the other verbs leave it aside."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> JobConfig:
         problems = [*self._student_problems(), *self._loss_problems(), *self._size_problems()]
+        if not problems:
+            problems = [*self._search_problems()]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -107,9 +118,50 @@ class JobConfig(Config):
         if self.tracking.uri is None and "://" in self.cluster.storage:
             yield f"tracking.uri: name an MLflow server; SQLite cannot lie in {self.cluster.storage}"
 
+    def _search_problems(self) -> Iterable[str]:
+        if self.search is None:
+            return
+        if not self.needs_teacher:
+            yield "search: no loss asks the teacher, so there is nothing to search for; give one of them a weight above 0"
+        known = self._paths_of_search()
+        for path in self.search.space:
+            if path.split(".")[0] not in TURNED:
+                yield f"search.space: {path} cannot be turned; trials share corpus, task and teacher, so knobs lie under {', '.join(TURNED)}"
+            elif path not in known:
+                yield f"search.space: there is no setting {path}; the nearest is {nearest(path, {p for p in known if p.split('.')[0] in TURNED})}"
+
+    def _paths_of_search(self) -> set[str]:
+        """Every setting that some point of the space has: the job's own, and those of each sub-object that a knob may put in."""
+        space = self.space()
+        known = paths(space.base)
+        for path, knob in space.knobs.items():
+            for option in knob.choice if isinstance(knob, Choice) else ():
+                if isinstance(option, dict):
+                    settings = space.apply({path: option}) if path in known else {}
+                    with contextlib.suppress(ValidationError):  # refused when it is drawn
+                        settings = JobConfig.model_validate(settings).model_dump(mode="json")
+                    known |= paths(settings)
+        return known
+
+    def space(self) -> Space:
+        """What the search turns, over the job without its search. Several students, and no knob for them: a choice among them."""
+        assert self.search is not None
+        students = [student.model_dump(mode="json") for student in self.all_students.values()]
+        base = self.model_dump(mode="json", exclude={"search"}) | {"students": {}, "student": students[0]}
+        knobs: dict[str, KnobConfig] = dict(self.search.space)
+        if len(students) > 1 and not any(path.split(".")[0] == "student" for path in knobs):
+            knobs = {"student": Choice(choice=tuple(students)), **knobs}
+        return Space(knobs, base)
+
     @property
     def all_students(self) -> dict[str, Any]:
         return dict(self.students) or ({"student": self.student} if self.student else {})
+
+    @property
+    def workspace(self) -> Path:
+        """Local folder of everything that goes by this job's name; its journals lie there."""
+        storage = "distillery-runs" if "://" in self.cluster.storage else self.cluster.storage
+        return Path(os.path.abspath(os.path.expanduser(storage))) / "runs" / self.name
 
     @property
     def needs_teacher(self) -> bool:
@@ -158,7 +210,7 @@ def parse(text: str, overrides: Sequence[str], source: str) -> JobConfig:
     try:
         return JobConfig.model_validate(content)
     except ValidationError as error:
-        raise _refusal(error, source) from error
+        raise refusal(error, source) from error
 
 
 def dump(job: JobConfig) -> str:
@@ -188,7 +240,7 @@ def _read(source: str) -> str:
         raise ConfigError("DST-2002", "job file cannot be read", where=source, expected="UTF-8", found=str(error)) from error
 
 
-def _refusal(error: ValidationError, source: str) -> ConfigError:
+def refusal(error: ValidationError, source: str) -> ConfigError:
     """All problems of a file in one error: path, what is allowed, what was found."""
     problems = []
     for one in error.errors(include_url=False):

@@ -14,6 +14,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 
 from distillation.evaluate import Evaluation
+from tuning.ledger import Search, Trial
+from tuning.pareto import Decision
 
 Curves = Mapping[str, Sequence[tuple[int, Mapping[str, float]]]]
 """Run name -> (step, metrics) in the order of steps."""
@@ -190,3 +192,36 @@ def _confusion(evaluations: Sequence[Evaluation]) -> Figure:
         axis.set_ylabel("label", fontsize=8.5, color=INK)
         _title(axis, f"{e.name} (% of label)" if classes <= ANNOTATED else e.name)
     return figure
+
+
+def front_picture(search: Search, decision: Decision, path: Path) -> Path:
+    """Size against quality of a search's trials, with its front and its choice, as PNG."""
+    config = search.config
+    figure, (axis,) = _canvas(1, 1, 7.2, 4.2)
+    groups = {
+        "stopped early": (search.of_role("trial"), "stopped", {"facecolors": "none", "edgecolors": TEACHER, "s": 16, "linewidths": 0.8}),
+        "trial": (search.of_role("trial"), "finished", {"color": STUDENTS[0], "s": 26, "alpha": 0.55}),
+        "without distillation": (search.of_role("baseline"), "finished", {"facecolors": "none", "edgecolors": STUDENTS[3], "s": 40, "marker": "s"}),
+    }  # fmt: skip
+    for title, (trials, state, style) in groups.items():
+        places = [_place(search, trial) for trial in trials if trial.state == state]
+        if found := [place for place in places if place is not None]:
+            axis.scatter(*zip(*found, strict=True), label=title, **style)
+    front = [place for number in decision.front if (place := _place(search, search.trials[number])) is not None]
+    if front:
+        axis.step(*zip(*front, strict=True), where="post", color=STUDENTS[0], linewidth=1.6, label="front")
+    if search.choice and (chosen := _place(search, search.trials[search.choice["trial"]])):
+        axis.scatter(*chosen, marker="*", s=220, color=STUDENTS[4], zorder=3, label=f"chosen: {search.choice['name']}")
+    if (teacher := search.teacher.get(config.quality)) is not None:
+        axis.axhline(teacher, color=INK, linewidth=1, linestyle=(0, (2, 3)), label="teacher")
+    axis.set_xlabel(config.size, fontsize=8.5, color=INK)
+    _title(axis, config.quality)
+    _legend(figure, [axis])
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png")
+    return path
+
+
+def _place(search: Search, trial: Trial) -> tuple[float, float] | None:
+    values, config = search.values(trial), search.config
+    return (values[config.size], values[config.quality]) if config.size in values and config.quality in values else None

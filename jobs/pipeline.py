@@ -12,6 +12,7 @@ from rich.console import Console
 from cluster.delivery import Tracker, deliver
 from cluster.journal import Journal
 from cluster.session import connect
+from cluster.tracking import Target
 from distillation.errors import DistilleryError
 from jobs import report, stages
 from jobs.config import JobConfig
@@ -33,7 +34,8 @@ STAGES: dict[str, tuple[Callable[[Context], object], ...]] = {
 def run(job: JobConfig, console: Console, until: str = "export") -> None:
     """Carry out a job up to a stage: prepare, teach, distill, evaluate or export (all of it)."""
     plan = make_plan(job)
-    with _recorded(plan, console) as (context, tracker):
+    parent = f"{job.name}/{plan.fingerprint}"
+    with recorded(plan, console, plan.results, plan.workspace / "journal.jsonl", parent, target_of(job)) as (context, tracker):
         for stage in STAGES.get(until, STAGES["distill"]):
             stage(context)
         if until in STAGES:
@@ -53,33 +55,42 @@ def run(job: JobConfig, console: Console, until: str = "export") -> None:
 
 
 @contextmanager
-def _recorded(plan: Plan, console: Console) -> Iterator[tuple[Context, Tracker]]:
-    """Ray, the journal and its delivery, for one job. An error of ours is written beside the journal too."""
+def recorded(
+    plan: Plan, console: Console, folder: Path, journal_path: Path, parent: str, target: Target
+) -> Iterator[tuple[Context, Tracker]]:
+    """Ray, the journal and its delivery, for as long as the block lasts. folder: of its results; an error of ours is written there, too.
+
+    parent: key of the run.
+    """
     plan.storage.require_writable(need_bytes=500_000_000)
-    plan.results.mkdir(parents=True, exist_ok=True)
-    progress = Progress(console)
-    with Journal(plan.workspace / "journal.jsonl") as journal:
-        journal.finish_unfinished("KILLED")  # what a killed driver left open; this job's own runs are opened again
-        context = Context(plan, journal, progress)
-        with tracker_of(plan, journal) as tracker:
+    folder.mkdir(parents=True, exist_ok=True)
+    with Journal(journal_path) as journal:
+        journal.finish_unfinished("KILLED")  # what a killed driver left open; what goes on is opened again
+        context = Context(plan, journal, Progress(console), parent, folder)
+        with Tracker(target, journal) as tracker:
             try:
                 stages.begin(context)
                 with connect(plan.job.cluster):
                     yield context, tracker
             except DistilleryError as error:
                 journal.tags(context.parent, {"distill.error": str(error)})
-                (plan.results / "error.json").write_text(json.dumps(error.as_dict(), indent=1), encoding="utf-8")
+                (folder / "error.json").write_text(json.dumps(error.as_dict(), indent=1), encoding="utf-8")
                 raise
 
 
-def tracker_of(plan: Plan, journal: Journal) -> Tracker:
-    return Tracker(plan.job.tracking, journal, **_tracking(plan))
+def sync(job: JobConfig) -> int:
+    """Deliver what waits in the journals of a job and of its search. Returns the number of events."""
+    from jobs.search import folder_of, target_of_search
 
-
-def sync(plan: Plan) -> int:
-    """Deliver what waits in a job's journal. Returns the number of events."""
-    with Journal(plan.workspace / "journal.jsonl") as journal:
-        return deliver(plan.job.tracking, journal, **_tracking(plan))
+    waiting = {job.workspace / "journal.jsonl": target_of(job)}
+    if job.search is not None:
+        waiting[folder_of(job) / "journal.jsonl"] = target_of_search(job)
+    count = 0
+    for path, target in waiting.items():
+        if path.is_file():
+            with Journal(path) as journal:
+                count += deliver(target, journal)
+    return count
 
 
 def tracking_uri(job: JobConfig) -> tuple[str, str | None]:
@@ -90,11 +101,11 @@ def tracking_uri(job: JobConfig) -> tuple[str, str | None]:
     return f"sqlite:///{root}/mlflow.db", str(root / "mlartifacts")
 
 
-def _tracking(plan: Plan) -> dict[str, object]:
-    uri, artifacts = tracking_uri(plan.job)
-    note = f"Distillation of `{plan.job.teacher.model}` into {', '.join(plan.job.all_students)}. Each student stands beside its baseline: "
+def target_of(job: JobConfig) -> Target:
+    uri, artifacts = tracking_uri(job)
+    note = f"Distillation of `{job.teacher.model}` into {', '.join(job.all_students)}. Each student stands beside its baseline: "
     note += "the same start and number of steps without the teacher."
-    return {"default_uri": uri, "experiment": plan.job.name, "artifact_root": artifacts, "note": note, "columns": COLUMNS}
+    return Target(job.tracking, uri, job.name, artifacts, note, COLUMNS)
 
 
 def _links(context: Context, tracker: Tracker, places: dict[str, Path]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -74,11 +74,9 @@ class Plan:
         """Of everything the job's result depends on."""
         return store.fingerprint({"runs": [run.stage.fingerprint for run in self.runs], "evaluation": self.job.evaluation.model_dump()})
 
-    @cached_property
+    @property
     def workspace(self) -> Path:
-        """Local folder of everything that goes by this job's name; its journal lies there."""
-        root = Path(self.storage.root) if self.storage.is_local else Path("distillery-runs").resolve()
-        return root / "runs" / self.job.name
+        return self.job.workspace
 
     @property
     def results(self) -> Path:
@@ -106,16 +104,28 @@ class Plan:
         )  # fmt: skip
         return self._fit("teacher", start, TEACHER_LOSSES, teacher.training, self.teacher, targets=None, teacher=None)
 
-    def fit(self, run: Run) -> FitConfig:
-        """A student's training. A baseline takes as many steps as its student took, which must be finished."""
+    def vary(self, job: JobConfig) -> Plan:
+        """The plan of a job with the same corpus, teacher and targets and another student, losses or training; looks at no source.
+
+        Raises what `make_plan` raises about students.
+        """
+        config = models.read_config(self.model)
+        for name, student in job.all_students.items():
+            _check_student(job, name, student, config, depth_of(config) or 0)
+        targets = self.targets if job.needs_teacher else None
+        return replace(self, job=job, runs=tuple(_runs(job, self.corpus, self.teacher, targets)))
+
+    def fit(self, run: Run, steps: int | None = None) -> FitConfig:
+        """A student's training. A baseline takes as many steps as its student: `steps`, or those of the finished one."""
         training = self.job.training
         asks = run.role == "student" or isinstance(run.student, ProbeStudent)
         targets = self.targets.folder if self.targets and asks else None
         if run.role == "baseline":
-            student = next(other for other in self.runs if other.baseline == run.name)
-            done = self.found(student.stage)
-            assert done is not None, "the student is trained before its baseline"
-            training = training.model_copy(update={"epochs": None, "steps": int(done.facts["result"]["steps"])})
+            if steps is None:
+                done = self.found(next(other for other in self.runs if other.baseline == run.name).stage)
+                assert done is not None, "the student is trained before its baseline"
+                steps = int(done.facts["result"]["steps"])
+            training = training.model_copy(update={"epochs": None, "steps": steps})
         return self._fit(run.name, run.student, run.losses, training, run.stage, targets=targets, teacher=self.teacher.folder)
 
     def _fit(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
 
@@ -19,7 +19,7 @@ from cluster.session import cpus_per_worker, unwrap
 from distillation import export as exporting
 from distillation import fit, models, store
 from distillation.errors import ClusterError
-from distillation.evaluate import Candidate, Evaluation
+from distillation.evaluate import Candidate, Evaluation, Role
 from distillation.evaluate import evaluate as evaluate_models
 from distillation.rows import open_columns
 from distillation.storage import Storage
@@ -38,11 +38,10 @@ class Context:
     plan: Plan
     journal: Journal
     progress: Progress
-
-    @property
-    def parent(self) -> str:
-        """Key of the job's run; a changed job is another run."""
-        return f"{self.plan.job.name}/{self.plan.fingerprint}"
+    parent: str
+    """Key of the job's run; a changed job is another run."""
+    folder: Path
+    """Local folder of the report and of all that belongs to this run."""
 
     def key(self, name: str) -> str:
         return f"{self.parent}/{name}"
@@ -58,7 +57,7 @@ def begin(context: Context) -> None:
     tags = {**environment_tags(), "distillery.fingerprint": plan.fingerprint}
     journal.run(context.parent, name=plan.job.name, tags=tags)
     journal.params(context.parent, flat(plan.job.model_dump(mode="json", exclude={"cluster", "tracking"})))
-    config = plan.results / "job.yaml"
+    config = context.folder / "job.yaml"
     config.write_text(dump(plan.job), encoding="utf-8")
     journal.file(context.parent, config)
 
@@ -136,20 +135,9 @@ def distill(context: Context) -> None:
 
 def evaluate(context: Context) -> list[Evaluation]:
     """Teacher, baselines and students over the test split, by the same code, one after the other."""
-    plan, progress, job = context.plan, context.progress, context.plan.job
-    made_from = {
-        "models": {name: stage.fingerprint for name, stage in _models(plan).items()}, "corpus": plan.corpus.fingerprint,
-        "settings": job.evaluation.model_dump(),
-        "threads": job.evaluation.threads or cpus_per_worker(job.cluster), "gpus": job.cluster.gpus_per_worker,
-    }  # fmt: skip
-    stage = f"evaluations/{store.fingerprint(made_from)}.json"
-    if (known := _read_evaluation(plan.storage, stage)) is not None:
-        progress.found("evaluation")
-    else:
-        with progress.stage("evaluation on the test split"):
-            known = _on_a_worker(plan)
-            plan.storage.write(stage, json.dumps([e.model_dump(mode="json") for e in known], indent=1).encode())
-    evaluations = report.ordered(known)
+    plan = context.plan
+    tested = [Tested("teacher", "teacher", None, plan.teacher), *(Tested(run.role, run.name, run.baseline, run.stage) for run in plan.runs)]
+    evaluations = report.ordered(on_test_split(context, tested))
     for e in evaluations:
         numbers = {f"test/{k}": v for k, v in {**e.quality, **e.against}.items()} | {
             f"cost/{k}": v for k, v in {**e.cost, **e.ratios}.items()
@@ -158,19 +146,41 @@ def evaluate(context: Context) -> list[Evaluation]:
     return evaluations
 
 
+class Tested(NamedTuple):
+    """A model that is evaluated, with the name of its baseline if it has one."""
+
+    role: Role
+    name: str
+    baseline: str | None
+    stage: Stage
+
+
+def on_test_split(context: Context, tested: Sequence[Tested]) -> list[Evaluation]:
+    """Evaluate these models, or find that it was done: with other models, settings or threads it is done anew."""
+    plan, progress, job = context.plan, context.progress, context.plan.job
+    made_from = {
+        "models": {one.name: one.stage.fingerprint for one in tested}, "corpus": plan.corpus.fingerprint,
+        "settings": job.evaluation.model_dump(),
+        "threads": job.evaluation.threads or cpus_per_worker(job.cluster), "gpus": job.cluster.gpus_per_worker,
+    }  # fmt: skip
+    stage = f"evaluations/{store.fingerprint(made_from)}.json"
+    if (known := _read_evaluation(plan.storage, stage)) is not None:
+        progress.found("evaluation")
+        return known
+    with progress.stage("evaluation on the test split"):
+        found = _on_a_worker(plan, tested)
+        plan.storage.write(stage, json.dumps([e.model_dump(mode="json") for e in found], indent=1).encode())
+    return found
+
+
 def publish(context: Context, evaluations: list[Evaluation]) -> dict[str, Path]:
     """Export the students, write the report, and hand both to the journal. Returns the folder of each student and the report."""
     plan, journal = context.plan, context.journal
     models.quiet()
     verdicts = report.verdicts(evaluations)
-    facts = exporting.Facts(
-        teacher=plan.job.teacher.model, corpus=plan.job.corpus.type, max_length=plan.job.task.max_length, config=dump(plan.job),
-        fingerprints={"job": plan.fingerprint, "corpus": plan.corpus.fingerprint, "teacher": plan.teacher.fingerprint}
-        | ({"targets": plan.targets.fingerprint} if plan.targets else {}),
-        versions={k.removeprefix("version."): v for k, v in environment_tags().items() if k.startswith("version.")},
-    )  # fmt: skip
+    facts = facts_of(plan)
     places: dict[str, Path] = {}
-    examples = _texts(plan, 4)
+    examples = example_texts(plan)
     with context.progress.stage("export and report"):
         for run in plan.runs:
             if run.role == "student":
@@ -195,10 +205,19 @@ def publish(context: Context, evaluations: list[Evaluation]) -> dict[str, Path]:
     return places
 
 
+def facts_of(plan: Plan) -> exporting.Facts:
+    """What a model card and a report say about where a student comes from."""
+    return exporting.Facts(
+        teacher=plan.job.teacher.model, corpus=plan.job.corpus.type, max_length=plan.job.task.max_length, config=dump(plan.job),
+        fingerprints={"job": plan.fingerprint, "corpus": plan.corpus.fingerprint, "teacher": plan.teacher.fingerprint}
+        | ({"targets": plan.targets.fingerprint} if plan.targets else {}),
+        versions={k.removeprefix("version."): v for k, v in environment_tags().items() if k.startswith("version.")},
+    )  # fmt: skip
+
+
 def finish(context: Context) -> None:
-    for name in _models(context.plan):
-        context.journal.finish(context.key(name), "FINISHED")
-    context.journal.finish(context.parent, "FINISHED")
+    """End the job's run and those below it that nothing has ended."""
+    context.journal.finish_unfinished("FINISHED")
 
 
 def _models(plan: Plan) -> dict[str, Stage]:
@@ -226,12 +245,11 @@ def _read_evaluation(storage: Storage, path: str) -> list[Evaluation] | None:
         return None
 
 
-def _on_a_worker(plan: Plan) -> list[Evaluation]:
+def _on_a_worker(plan: Plan, tested: Sequence[Tested]) -> list[Evaluation]:
     """Evaluate in a Ray task that has what a training worker has, so that costs are those of such a machine."""
     job = plan.job
     cpus = cpus_per_worker(job.cluster)
-    roles = {run.name: (run.role, run.baseline) for run in plan.runs}
-    candidates = [(roles.get(name, ("teacher", None)), name, stage.folder) for name, stage in _models(plan).items()]
+    candidates = [((one.role, one.baseline), one.name, one.stage.folder) for one in tested]
     task = ray.remote(num_cpus=cpus, num_gpus=job.cluster.gpus_per_worker, max_retries=job.cluster.max_failures)(evaluate_task)
     try:
         return ray.get(task.remote(job.cluster.storage, plan.corpus.folder, candidates, plan.labels(), job.evaluation.model_dump(), cpus))
@@ -261,7 +279,8 @@ def _curves(plan: Plan) -> dict[str, Any]:
     return {name: manifest.facts["history"] for name, manifest in found.items() if manifest}
 
 
-def _texts(plan: Plan, count: int) -> list[str]:
+def example_texts(plan: Plan, count: int = 4) -> list[str]:
+    """A few rows of the test split, to show with a model."""
     import numpy as np
 
     _, columns = open_columns(plan.storage, plan.corpus.folder, "corpus", "test")

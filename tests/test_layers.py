@@ -21,7 +21,7 @@ LAYERS = ("distillation", "cluster", "tuning", "jobs")
 FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
 CONFIGS = [f"{layer}.config" for layer in LAYERS if (ROOT / layer / "config.py").exists()]
 HEAVY = {"torch", "ray", "transformers", "mlflow", "datasets", "pandas", "numpy", "pyarrow", "sklearn", "matplotlib"}
-MLFLOW = {"cluster/tracking.py"}
+MLFLOW = {"cluster/tracking.py", "cluster/attachments.py", "cluster/outages.py"}
 NEVER = ("weights_only=False", "pickle.load", "except Exception", "trust_remote_code=True", "yaml.load(")
 
 

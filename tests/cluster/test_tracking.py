@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -14,187 +12,23 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlflow
 import pytest
-from mlflow.entities import Run
 
-from cluster import links
-from cluster.config import TrackingConfig
 from cluster.delivery import Tracker, deliver
 from cluster.journal import Journal
-from distillation.errors import ConfigError, ConflictError, InputError, TrackingError
-
-OPTIONS = {"default_uri": "sqlite:///unused.db", "experiment": "docstrings"}
-JOB, STUDENT = "docstrings", "docstrings/L3-1a2b"
-
-
-@pytest.fixture(scope="module")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Creating the tables takes seconds, copying the file does not."""
-    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
-    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture
-def database(empty_database: Path, tmp_path: Path) -> str:
-    shutil.copy(empty_database, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"
-
-
-class Server:
-    """What `distill ui` starts on a database, on a port that stays the same when it is started again."""
-
-    def __init__(self, database: str, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.uri, self.database, self.folder = f"http://127.0.0.1:{self.port}", database, folder
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        script = "import sys; from cluster.links import ui; sys.exit(ui(sys.argv[1], sys.argv[2], int(sys.argv[3])))"
-        command = [sys.executable, "-c", script, self.database, str(self.folder / "artifacts"), str(self.port)]
-        with (self.folder / "server.log").open("ab") as log:
-            self.process = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=log, stderr=log, start_new_session=True)
-        until(self._healthy, 60)
-
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-    def interrupt(self) -> None:
-        """Ctrl-C, as a terminal sends it to everything in the foreground."""
-        assert self.process is not None
-        os.killpg(self.process.pid, signal.SIGINT)
-        assert self.process.wait(20) == 0
-        self.process = None
-
-    def _healthy(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=2) as answer:
-                return answer.status == 200
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            return False
-
-
-@pytest.fixture
-def server(database: str, tmp_path: Path) -> Iterator[Server]:
-    server = Server(database, tmp_path)
-    yield server
-    server.kill()
-
-
-def until(condition: Callable[[], object], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.1)
-
-
-def options(tmp_path: Path) -> dict[str, object]:
-    return {**OPTIONS, "artifact_root": str(tmp_path / "files")}
-
-
-def runs_of(uri: str) -> dict[str, Run]:
-    client = mlflow.MlflowClient(uri)
-    experiment = client.get_experiment_by_name("docstrings")
-    found = client.search_runs([experiment.experiment_id])
-    runs = {run.data.tags["distillery.run"]: run for run in found}
-    assert len(runs) == len(found), "a run exists twice"
-    return runs
-
-
-def history(uri: str, run: Run, metric: str) -> list[tuple[int, float]]:
-    points = mlflow.MlflowClient(uri).get_metric_history(run.info.run_id, metric)
-    return sorted((point.step, point.value) for point in points)
-
-
-def test_journal_resumes_where_a_killed_process_stopped(tmp_path: Path) -> None:
-    path = tmp_path / "tracking.jsonl"
-    with Journal(path) as journal:
-        journal.run(JOB, name="docstrings")
-        journal.metrics(JOB, {"train/loss": 2.0, "validation/accuracy": 0.5}, step=10)
-        journal.metrics(JOB, {"train/loss": 1.5}, step=20)
-        first = journal.id
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"seq": 4, "time": 17, "kind": "metr')
-    with Journal(path) as journal:
-        assert path.read_bytes() == whole
-        assert (journal.id, journal.count) == (first, 4)
-        journal.metrics(JOB, {"train/loss": 9.0, "validation/accuracy": 0.6}, step=20)
-        journal.metrics(JOB, {"train/loss": 9.0}, step=15)
-        events = [event for event, _ in journal.events()]
-    assert [event["seq"] for event in events] == [0, 1, 2, 3, 4]
-    assert events[4]["values"] == {"validation/accuracy": 0.6}
-
-
-def test_journal_keeps_the_first_value_of_a_parameter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "tracking.jsonl"
-    with Journal(path) as journal:
-        journal.run(JOB, name="docstrings")
-        journal.params(JOB, {"training.epochs": 3, "training.seed": 0})
-    with Journal(path) as journal:
-        journal.params(JOB, {"training.epochs": 5, "training.seed": 0, "training.precision": None})
-        assert journal.events()[-1][0]["values"] == {"training.precision": "None"}
-    assert "keeps the first value of training.epochs" in caplog.text
-
-
-def test_journal_has_one_writer(tmp_path: Path) -> None:
-    with Journal(tmp_path / "tracking.jsonl"), pytest.raises(ConflictError, match="DST-8101"):
-        Journal(tmp_path / "tracking.jsonl")
-    Journal(tmp_path / "tracking.jsonl").close()
-
-
-def test_altered_journal_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "tracking.jsonl"
-    with Journal(path) as journal:
-        journal.run(JOB, name="docstrings")
-        journal.metrics(JOB, {"loss": 1.0}, step=1)
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(lines[0] + b"\0\0\0\n" + lines[2])
-    with pytest.raises(InputError, match=rf"DST-3501.*at byte {len(lines[0])}"):
-        Journal(path)
-
-
-def test_journal_survives_kill_and_threads(tmp_path: Path) -> None:
-    """4 threads, then SIGKILL: all of them are there, whole and numbered."""
-    path = tmp_path / "tracking.jsonl"
-    script = f"""
-import os, signal, threading
-from pathlib import Path
-from cluster.journal import Journal
-journal = Journal(Path({str(path)!r}))
-for t in range(4):
-    journal.run(f"r{{t}}", name="r")
-def work(t):
-    for step in range(99):
-        journal.metrics(f"r{{t}}", {{"loss": step / 2}}, step)
-threads = [threading.Thread(target=work, args=(t,)) for t in range(4)]
-[t.start() for t in threads]
-[t.join() for t in threads]
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    root = Path(__file__).parents[2]
-    assert subprocess.run([sys.executable, "-c", script], cwd=root).returncode == -signal.SIGKILL
-    with Journal(path) as journal:
-        events = [event for event, _ in journal.events()]
-        assert [event["seq"] for event in events] == list(range(401))
-        assert journal.finish_unfinished("KILLED") == ["r0", "r1", "r2", "r3"]
-        assert journal.events(most=10_000)[-1][0]["time"] == [e for e in events if e.get("key") == "r3"][-1]["time"]
+from cluster.links import state_file
+from distillation.errors import TrackingError
+from tests.cluster.recording import JOB, STUDENT, Server, history, runs_of, target, until
 
 
 def test_everything_arrives_and_a_second_job_goes_on_with_the_same_runs(database: str, tmp_path: Path) -> None:
-    config = TrackingConfig(uri=database)
     picture = tmp_path / "curve.txt"
     picture.write_text("first")
     long, odd = "x" * 7000, "losses.c++/ä;"
-    with Journal(tmp_path / "tracking.jsonl") as journal, Tracker(config, journal, **options(tmp_path), note="# Hello") as tracker:
+    with Journal(tmp_path / "tracking.jsonl") as journal, Tracker(target(database, tmp_path, note="# Hello"), journal) as tracker:
         journal.run(JOB, name="docstrings", description="**main**")
         journal.run(STUDENT, name="L3", parent=JOB, tags={"role": "student"})
         journal.params(STUDENT, {f"p{i:03}": i for i in range(250)} | {"long": long, odd: "kept", "n" * 300: "long key"})
@@ -206,7 +40,7 @@ def test_everything_arrives_and_a_second_job_goes_on_with_the_same_runs(database
         journal.finish(STUDENT, "FINISHED")
     assert tracker.close() == 0
     picture.write_text("second")
-    with Journal(tmp_path / "tracking.jsonl") as journal, Tracker(config, journal, **options(tmp_path)) as again:
+    with Journal(tmp_path / "tracking.jsonl") as journal, Tracker(target(database, tmp_path), journal) as again:
         journal.run(JOB, name="docstrings")
         journal.run(STUDENT, name="L3", parent=JOB)
         journal.metrics(STUDENT, {"train/loss": -1.0}, step=2499)
@@ -248,11 +82,11 @@ def test_killed_job_goes_on_with_its_runs(database: str, tmp_path: Path) -> None
     script = f"""
 from pathlib import Path
 from cluster.config import TrackingConfig
-from cluster.delivery import Tracker
+from cluster.delivery import Target, Tracker
 from cluster.journal import Journal
 import itertools, time
 with Journal(Path({str(tmp_path / "t.jsonl")!r})) as journal, Tracker(
-    TrackingConfig(uri={database!r}), journal, default_uri="", experiment="docstrings", artifact_root={str(tmp_path / "files")!r}
+    Target(TrackingConfig(uri={database!r}), "", "docstrings", {str(tmp_path / "files")!r}), journal
 ) as tracker:
     journal.run({JOB!r}, name="docstrings")
     journal.run({STUDENT!r}, name="L3", parent={JOB!r})
@@ -266,7 +100,7 @@ with Journal(Path({str(tmp_path / "t.jsonl")!r})) as journal, Tracker(
         reached = [int(process.stdout.readline()) for _ in range(10)][-1]
         process.kill()
     assert {run.info.status for run in runs_of(database).values()} == {"RUNNING"}
-    with Journal(tmp_path / "t.jsonl") as journal, Tracker(TrackingConfig(uri=database), journal, **options(tmp_path)):
+    with Journal(tmp_path / "t.jsonl") as journal, Tracker(target(database, tmp_path), journal):
         journal.run(JOB, name="docstrings")
         journal.run(STUDENT, name="L3", parent=JOB)
         for step in range(reached - 500, reached + 500):
@@ -287,10 +121,10 @@ def test_lost_state_and_two_journals(database: str, tmp_path: Path) -> None:
             journal.metrics(JOB, {"loss": 0.5}, step=1)
             journal.metrics(JOB, {"loss": 0.25}, step=2)
             journal.finish(JOB, "FINISHED")
-            assert deliver(TrackingConfig(uri=database), journal, **options(tmp_path)) == 6
-            assert deliver(TrackingConfig(uri=database), journal, **options(tmp_path)) == 0
-            (tmp_path / f"{name}.jsonl.state.json").unlink()
-            assert deliver(TrackingConfig(uri=database), journal, **options(tmp_path)) == 6
+            assert deliver(target(database, tmp_path), journal) == 6
+            assert deliver(target(database, tmp_path), journal) == 0
+            state_file(journal.path).unlink()
+            assert deliver(target(database, tmp_path), journal) == 6
     client = mlflow.MlflowClient(database)
     found = client.search_runs(["1"])
     assert sorted(run.info.run_name for run in found) == ["a", "b"]
@@ -303,9 +137,9 @@ def test_other_database_gets_everything(database: str, empty_database: Path, tmp
         journal.run(JOB, name="docstrings")
         journal.metrics(JOB, {"loss": 0.5}, step=1)
         last = journal.events()[-1][0]["time"]
-        assert deliver(TrackingConfig(uri=database), journal, **options(tmp_path)) == 4
+        assert deliver(target(database, tmp_path), journal) == 4
         shutil.copy(empty_database, tmp_path / "mlflow.db")
-        assert deliver(TrackingConfig(uri=database), journal, **options(tmp_path)) == 4
+        assert deliver(target(database, tmp_path), journal) == 4
     run = runs_of(database)[JOB]
     assert (run.info.status, run.info.end_time) == ("KILLED", last)
     assert history(database, run, "loss") == [(1, 0.5)]
@@ -315,18 +149,18 @@ def test_a_refused_event_does_not_hold_up_the_rest(database: str, tmp_path: Path
     with Journal(tmp_path / "t.jsonl") as journal:
         journal.run(JOB, name="docstrings")
         journal.run(STUDENT, name="L3", parent=JOB)
-        deliver(TrackingConfig(uri=database), journal, **options(tmp_path))
+        deliver(target(database, tmp_path), journal)
         mlflow.MlflowClient(database).delete_run(runs_of(database)[STUDENT].info.run_id)
         journal.metrics(STUDENT, {"loss": 1.0}, step=1)
         journal.metrics(JOB, {"loss": 2.0}, step=1)
-        deliver(TrackingConfig(uri=database), journal, **options(tmp_path))
+        deliver(target(database, tmp_path), journal)
     assert history(database, runs_of(database)[JOB], "loss") == [(1, 2.0)]
     assert f"refused a part of {STUDENT}" in caplog.text
 
 
 def test_failed_job_marks_its_runs(database: str, tmp_path: Path) -> None:
     def job() -> None:
-        with Journal(tmp_path / "t.jsonl") as journal, Tracker(TrackingConfig(uri=database), journal, **options(tmp_path)):
+        with Journal(tmp_path / "t.jsonl") as journal, Tracker(target(database, tmp_path), journal):
             journal.run(JOB, name="docstrings")
             journal.run(STUDENT, name="L3", parent=JOB)
             journal.finish(STUDENT, "FINISHED")
@@ -341,7 +175,7 @@ def test_two_jobs_create_one_experiment_at_once(database: str, tmp_path: Path) -
     def job(name: str) -> None:
         with Journal(tmp_path / f"{name}.jsonl") as journal:
             journal.run(name, name=name)
-            deliver(TrackingConfig(uri=database), journal, **options(tmp_path))
+            deliver(target(database, tmp_path), journal)
 
     threads = [threading.Thread(target=job, args=(name,)) for name in ("a", "b", "c")]
     for thread in threads:
@@ -356,7 +190,7 @@ def test_server_that_starts_late_and_dies_on_the_way(server: Server, tmp_path: P
     slowest = 0.0
     with (
         Journal(tmp_path / "t.jsonl") as journal,
-        Tracker(TrackingConfig(uri=server.uri), journal, **OPTIONS, artifact_root=None) as tracker,
+        Tracker(target(server.uri), journal) as tracker,
     ):
 
         def steps(first: int, last: int) -> None:
@@ -397,9 +231,8 @@ def test_server_that_starts_late_and_dies_on_the_way(server: Server, tmp_path: P
 
 
 def test_server_that_never_comes(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    config = TrackingConfig(uri=server.uri)
     started = time.monotonic()
-    with Journal(tmp_path / "t.jsonl") as journal, Tracker(config, journal, **OPTIONS, artifact_root=None) as tracker:
+    with Journal(tmp_path / "t.jsonl") as journal, Tracker(target(server.uri), journal) as tracker:
         assert time.monotonic() - started < 1
         journal.run(JOB, name="docstrings")
         costs = []
@@ -414,7 +247,7 @@ def test_server_that_never_comes(server: Server, tmp_path: Path, caplog: pytest.
     assert tracker.run_url(JOB) is None
     assert f'tracking incomplete: 1002 events wait in {tmp_path}/t.jsonl; run "distill sync"' in caplog.text
     with Journal(tmp_path / "t.jsonl") as journal, pytest.raises(TrackingError, match="DST-7001"):
-        deliver(config, journal, **OPTIONS, artifact_root=None)
+        deliver(target(server.uri), journal)
 
 
 @pytest.mark.parametrize("hangs", [False, True])
@@ -424,9 +257,9 @@ def test_strict_tracking_refuses_at_once(hangs: bool, tmp_path: Path) -> None:
         listener.bind(("127.0.0.1", 0))
         if hangs:
             listener.listen()
-        config = TrackingConfig(uri=f"http://127.0.0.1:{listener.getsockname()[1]}", strict=True)
+        uri = f"http://127.0.0.1:{listener.getsockname()[1]}"
         started = time.monotonic()
-        with pytest.raises(TrackingError) as caught, Tracker(config, journal, **OPTIONS, artifact_root=None):
+        with pytest.raises(TrackingError) as caught, Tracker(target(uri, strict=True), journal):
             pytest.fail("the block must not run")
         assert time.monotonic() - started < 10
         assert (caught.value.exit_code, caught.value.code) == (7, "DST-7001")
@@ -450,70 +283,11 @@ def test_refused_login_says_what_to_set(status: int, setting: str, tmp_path: Pat
         thread.start()
         try:
             with pytest.raises(TrackingError, match=f"{status}.*{setting}") as caught:
-                deliver(TrackingConfig(uri=f"http://127.0.0.1:{refusing.server_port}"), journal, **OPTIONS, artifact_root=None)
+                deliver(target(f"http://127.0.0.1:{refusing.server_port}"), journal)
         finally:
             refusing.shutdown()
             thread.join()
     assert "canary" not in str(caught.value)
-
-
-@pytest.fixture
-def tiny_bert(tmp_path: Path) -> Path:
-    import torch
-    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
-
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film"]
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        id2label={0: "neg", 1: "pos"}, label2id={"neg": 0, "pos": 1},
-    )  # fmt: skip
-    BertForSequenceClassification(config).save_pretrained(tmp_path / "student")
-    BertTokenizerFast(vocab={word: i for i, word in enumerate(words)}).save_pretrained(tmp_path / "student")
-    (tmp_path / "student" / "optimizer.bin").write_bytes(b"no pickles, please")
-    return tmp_path / "student"
-
-
-@pytest.mark.filterwarnings("ignore:.*Any type hint is inferred as AnyType:UserWarning")  # MLflow, about its own code
-def test_student_is_a_logged_model_that_predicts(server: Server, tiny_bert: Path, tmp_path: Path) -> None:
-    """Through a server; logged once though declared twice; its scores are those of the plain transformers model."""
-    import torch
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-    server.start()
-    with Journal(tmp_path / "t.jsonl") as journal:
-        journal.run(STUDENT, name="L3")
-        for _ in range(2):
-            journal.model(STUDENT, tiny_bert, name="student", input_example=["good film"], registered="docstrings")
-        journal.finish(STUDENT, "FINISHED")
-        deliver(TrackingConfig(uri=server.uri), journal, **OPTIONS, artifact_root=None)
-        (tmp_path / "t.jsonl.state.json").unlink()
-        deliver(TrackingConfig(uri=server.uri), journal, **OPTIONS, artifact_root=None)
-
-    client = mlflow.MlflowClient(server.uri)
-    logged = client.search_logged_models(["1"])
-    assert [(model.name, str(model.status), model.source_run_id) for model in logged] == [
-        ("student", "READY", runs_of(server.uri)[STUDENT].info.run_id)
-    ]
-    assert [version.version for version in client.search_model_versions("name = 'docstrings'")] == ["1"]
-    assert [output.model_id for output in runs_of(server.uri)[STUDENT].outputs.model_outputs] == [logged[0].model_id]
-    mlflow.set_tracking_uri(server.uri)
-    try:
-        model = mlflow.pyfunc.load_model(f"models:/{logged[0].model_id}")
-        assert model.metadata.signature.inputs.input_types()[0].name == "string"
-        assert model.metadata.signature.outputs.input_names() == ["label", "score"]
-        assert list(model.input_example) == ["good film"]
-        files = {Path(f.path).name for f in client.list_logged_model_artifacts(logged[0].model_id, "model")}
-        answer = model.predict(["good film", "bad"])
-    finally:
-        mlflow.set_tracking_uri(None)
-    assert "model.safetensors" in files
-    assert "optimizer.bin" not in files
-    tokenizer, plain = AutoTokenizer.from_pretrained(tiny_bert), AutoModelForSequenceClassification.from_pretrained(tiny_bert)
-    with torch.no_grad():
-        expected = plain.eval()(**tokenizer(["good film", "bad"], padding=True, return_tensors="pt")).logits.softmax(-1)
-    assert list(answer["label"]) == [("neg", "pos")[i] for i in expected.argmax(-1).tolist()]
-    assert list(answer["score"]) == pytest.approx(expected.max(-1).values.tolist(), abs=1e-4)
 
 
 def test_ui_shows_files_of_a_database_and_answers_only_to_its_own_name(server: Server, tmp_path: Path) -> None:
@@ -522,7 +296,7 @@ def test_ui_shows_files_of_a_database_and_answers_only_to_its_own_name(server: S
     with Journal(tmp_path / "t.jsonl") as journal:
         journal.run(JOB, name="docstrings")
         journal.file(JOB, picture, "plots")
-        deliver(TrackingConfig(uri=server.database), journal, **options(tmp_path))
+        deliver(target(server.database, tmp_path), journal)
     server.start()
     path = f"{server.uri}/get-artifact?path=plots%2Fcurve.txt&run_uuid={runs_of(server.database)[JOB].info.run_id}"
     with urllib.request.urlopen(path, timeout=10) as answer:
@@ -531,49 +305,3 @@ def test_ui_shows_files_of_a_database_and_answers_only_to_its_own_name(server: S
         urllib.request.urlopen(urllib.request.Request(path, headers={"Host": "10.example.org"}), timeout=10)
     caught.value.close()
     server.interrupt()
-
-
-def test_links() -> None:
-    """Spaces, quotes and brackets are escaped, so that a terminal makes the whole of it a link."""
-    assert links.compare_url("http://m:80/", "2", ["a", "b"]) == (
-        "http://m:80/#/compare-runs?runs=%5B%22a%22%2C%22b%22%5D&experiments=%5B%222%22%5D&workflowType=machine_learning"
-    )
-    assert links.experiment_url("sqlite:///x.db", "2") == (
-        "http://127.0.0.1:5000/#/experiments/2/runs?viewStateShareKey=distillery&workflowType=machine_learning"
-    )
-    assert json.loads(links.view_tag(["test/accuracy", "cost/bytes"])) == {
-        "orderByKey": "metrics.`test/accuracy`",
-        "orderByAsc": False,
-        "selectedColumns": ["metrics.`test/accuracy`", "metrics.`cost/bytes`", "attributes.`Models`"],
-        "columnOrder": ["metrics.`test/accuracy`", "metrics.`cost/bytes`", "attributes.`Models`"],
-        "columnWidths": {"metrics.`test/accuracy`": 150, "metrics.`cost/bytes`": 150, "attributes.`Models`": 150},
-        "runsHiddenMode": "SHOW_ALL",
-    }
-    with pytest.raises(ConfigError, match="DST-2301"):
-        links.ui("http://m:80", "/tmp")
-
-
-def test_environment_tags_name_versions_and_no_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
-    folder = tmp_path / "code"
-    folder.mkdir()
-    monkeypatch.setattr(links, "__file__", str(folder / "links.py"))
-    (folder / "links.py").write_text("")
-    assert "mlflow.source.git.commit" not in links.environment_tags()
-    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b"]
-    for command in (
-        ["init", "-q"],
-        ["remote", "add", "origin", "https://anna:canary-7f3a@example.org/d.git"],
-        ["add", "."],
-        ["commit", "-qm", "x"],
-    ):
-        subprocess.run([*git, *command], check=True)
-    tags = links.environment_tags()
-    assert tags["version.torch"] == torch.__version__
-    assert len(tags["mlflow.source.git.commit"]) == 40
-    assert tags["mlflow.source.git.repoURL"] == "https://example.org/d.git"
-    assert tags["git.changed"] == "false"
-    (folder / "links.py").write_text("changed")
-    assert links.environment_tags()["git.changed"] == "true"
-    assert socket.gethostname() not in " ".join(tags.values())

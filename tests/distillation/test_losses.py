@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from distillation import config as settings
-from distillation.config import CrossEntropy, ForwardKL, L2Distil, LogitMSE, PatientKD
-from distillation.divergences import forward_kl, l2_distil, logit_mse, pkd
-from distillation.losses import TERMS, describe, scored, student_layers, weigh
+from distillation.config import CrossEntropy, ForwardKL, JensenShannon, L2Distil, LogitMSE, PatientKD, ReverseKL
+from distillation.divergences import forward_kl, jsd, l2_distil, logit_mse, pkd, reverse_kl
+from distillation.losses import TERMS, describe, gradient_squares, scored, student_layers, weigh
 from distillation.signals import UNLABELLED, Batch, Outputs, TeacherSignal
 
 
@@ -19,7 +19,7 @@ def batch(labels, teacher=None, hidden=None, layers=()):
 
 
 def test_terms_are_those_of_the_job_file():
-    configs = [CrossEntropy, ForwardKL, L2Distil, LogitMSE, PatientKD]
+    configs = [CrossEntropy, ForwardKL, ReverseKL, JensenShannon, L2Distil, LogitMSE, PatientKD]
     assert set(TERMS) == {c.model_fields["type"].annotation.__args__[0] for c in configs}
     assert {c.__name__ for c in configs} == {c.__name__ for c in settings.LossConfig.__origin__.__args__}
 
@@ -48,6 +48,107 @@ def test_t_squared_keeps_the_gradient_and_its_limit_is_the_logit_difference():
     forward_kl(s.float(), t.float(), 100.0).sum().backward()
     limit = ((s - s.mean()) - (t - t.mean())) / 6  # Hinton et al. 2015, equation 4, times T^2
     assert torch.allclose(s.grad, limit, atol=0.02 * limit.abs().max().item())
+
+
+def kl(a, b):
+    return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True))
+
+
+def test_reverse_kl_of_two_classes_by_hand():
+    # p = (3/4, 1/4), q = (1/2, 1/2): 1/2 ln(2/3) + 1/2 ln 2
+    t, s = torch.tensor([[math.log(3.0), 0.0]]), torch.zeros(1, 2)
+    assert reverse_kl(s, t, 1.0).item() == pytest.approx(0.5 * math.log(2 / 3) + 0.5 * math.log(2), abs=1e-6)
+    p = math.sqrt(3) / (1 + math.sqrt(3))
+    assert reverse_kl(s, t, 2.0).item() == pytest.approx(4 * kl((0.5, 0.5), (p, 1 - p)), abs=1e-6)
+
+
+def test_jsd_of_two_classes_by_hand():
+    t, s = torch.tensor([[math.log(3.0), 0.0]]), torch.zeros(1, 2)
+    p, q, half, quarter = (3 / 4, 1 / 4), (1 / 2, 1 / 2), (5 / 8, 3 / 8), (9 / 16, 7 / 16)
+    assert jsd(s, t, 1.0, 0.5).item() == pytest.approx(4 * (kl(p, half) / 2 + kl(q, half) / 2), abs=1e-6)
+    # beta = 1/4: (1/4 KL(p || m) + 3/4 KL(q || m)) / (3/16)
+    assert jsd(s, t, 1.0, 0.25).item() == pytest.approx((kl(p, quarter) + 3 * kl(q, quarter)) * 4 / 3, abs=1e-6)
+    p = math.sqrt(3) / (1 + math.sqrt(3))
+    m = ((p + 0.5) / 2, (1.5 - p) / 2)
+    assert jsd(s, t, 2.0, 0.5).item() == pytest.approx(8 * (kl((p, 1 - p), m) + kl(q, m)), abs=1e-6)
+
+
+def draw(seed, scale, n=6, c=9):
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(n, c, generator=generator), scale * torch.randn(n, c, generator=generator)
+
+
+def with_gradient(value, s, *rest):
+    s = s.clone().requires_grad_()
+    found = value(s, *rest)
+    found.sum().backward()
+    return found.detach(), s.grad
+
+
+def exact(s, t, temperature, beta):
+    """The formula as it is written, in float64, for beta between the ends."""
+    log_p, log_q = (x.double() / temperature - (x.double() / temperature).logsumexp(-1, keepdim=True) for x in (t, s))
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    to_p, to_q = (log_p.exp() * (log_p - log_m)).sum(-1), (log_q.exp() * (log_q - log_m)).sum(-1)
+    return temperature**2 * (to_p / (1 - beta) + to_q / beta)
+
+
+@pytest.mark.parametrize("beta", [1e-6, 1e-4, 1e-3, 0.1, 0.5, 0.8, 0.999, 1 - 1e-6])
+@pytest.mark.parametrize(("scale", "temperature"), [(0.01, 1.0), (1.0, 1.0), (3.0, 2.0), (30.0, 1.0), (30.0, 8.0)])
+def test_jsd_and_its_gradient_are_those_of_float64(beta, scale, temperature):
+    s, t = draw(4, scale)
+    found, expected = with_gradient(jsd, s, t, temperature, beta), with_gradient(exact, s, t, temperature, beta)
+    for mine, its in zip(found, expected, strict=True):
+        assert torch.allclose(mine.double(), its.double(), rtol=1e-4, atol=2e-6 * max(1.0, float(its.abs().max())))
+
+
+@pytest.mark.parametrize(("end", "divergence"), [(0.0, forward_kl), (1.0, reverse_kl)])
+@pytest.mark.parametrize(("scale", "temperature"), [(1.0, 1.0), (2.0, 2.0), (40.0, 1.0)])
+def test_jsd_is_forward_kl_at_0_and_reverse_kl_at_1(end, divergence, scale, temperature):
+    s, t = draw(5, scale)
+    for mine, its in zip(with_gradient(jsd, s, t, temperature, end), with_gradient(divergence, s, t, temperature), strict=True):
+        assert torch.allclose(mine, its, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("end", [0.0, 1.0])
+def test_jsd_leaves_its_ends_without_a_jump(end):
+    s, t = draw(6, 1.0)
+    at_end = with_gradient(jsd, s, t, 2.0, end)
+    assert at_end[1].norm() > 1
+    steps = [1e-6, 1e-4, 1e-3, 1e-2]
+    for part in (0, 1):  # value, gradient
+        moved = [float((with_gradient(jsd, s, t, 2.0, abs(end - step))[part] - at_end[part]).abs().max()) for step in steps]
+        assert moved[0] < 1e-4
+        assert 5 < moved[2] / moved[1] < 15  # ten times the way, about ten times the change
+        assert 5 < moved[3] / moved[2] < 15
+
+
+def test_jsd_looks_the_same_from_both_sides():
+    s, t = draw(7, 4.0)
+    assert torch.equal(jsd(s, t, 2.0, 0.5), jsd(t, s, 2.0, 0.5))
+    assert torch.allclose(jsd(s, t, 2.0, 0.125), jsd(t, s, 2.0, 0.875), rtol=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1e-30, 1e-17, 1e-6, 0.5, 1 - 1e-6, 1.0])
+@pytest.mark.parametrize("gap", [0.0, 20.0, 100.0, 1e4])
+def test_jsd_stands_extremes(beta, gap):
+    sure = gap * torch.eye(3)
+    s, t = sure[[0, 0, 1, 2]], torch.cat([sure[[0, 1, 2]], torch.zeros(1, 3)])
+    value, gradient = with_gradient(jsd, s, t, 1.0, beta)
+    assert torch.isfinite(value).all()
+    assert torch.isfinite(gradient).all()
+    assert (value >= 0).all()
+    assert (value[0], gradient[0].abs().max()) == (0.0, 0.0)  # a match
+    if 0 < beta < 1 and gap >= 100:  # no overlap: KL(p || m) = -log beta, KL(q || m) = -log(1 - beta)
+        assert value[1].item() == pytest.approx(-math.log(beta) / (1 - beta) - math.log1p(-beta) / beta, rel=1e-4)
+
+
+def test_jsd_has_no_gradient_at_a_match():
+    s, _ = draw(8, 10.0)
+    for beta in (0.0, 1e-6, 0.3, 1.0):
+        value, gradient = with_gradient(jsd, s, s, 2.0, beta)
+        assert value.abs().max() == 0.0
+        assert gradient.abs().max() == 0.0
 
 
 def test_l2_distil_by_hand():
@@ -136,3 +237,47 @@ def test_a_weight_of_zero_is_exactly_the_other_terms():
         weigh(losses, Outputs(logits), batch([0, 1, 2, 0], torch.zeros(4, 3)), dict.fromkeys(losses, 4))[0].backward()
         grads.append(logits.grad)
     assert torch.equal(*grads)
+
+
+def squares_of(losses, outputs, rows):
+    counts = {name: scored(loss, rows.labels) for name, loss in losses.items()}
+    return {name: float(value) for name, value in gradient_squares(losses, outputs, rows, counts).items()}
+
+
+def test_gradients_of_terms_by_hand():
+    losses = {
+        "hard": CrossEntropy(type="cross_entropy", weight=0.5),
+        "soft": ForwardKL(type="forward_kl", temperature=1.0, weight=2.0),
+        "inner": PatientKD(type="pkd", layers={0: 0}),
+        "idle": L2Distil(type="l2_distil", weight=0),
+    }
+    teacher = torch.tensor([[math.log(3.0), 0.0]]).repeat(3, 1)
+    hidden, stored = torch.tensor([[[3.0, 0.0]]]).repeat(3, 1, 1), torch.tensor([[[0.0, 5.0]]]).repeat(3, 1, 1)
+    rows = batch([1, UNLABELLED, 0], teacher, stored, (0,))
+    found = squares_of(losses, Outputs(torch.zeros(3, 2), hidden), rows)
+    # cross entropy: (q - one-hot) / 2 is (1/4, -1/4) on two rows, times 1/2. forward KL: (q - p) / 3 is (-1/12, 1/12) on three, times 2.
+    # pkd: 2 - 2 cos of the angle between (3, 0) and (0, 5) has the gradient (0, -2 / 3), a third of it on three rows.
+    assert found == pytest.approx({"hard": 2 * 2 * (1 / 8) ** 2, "soft": 3 * 2 * (1 / 6) ** 2, "inner": 3 * (2 / 9) ** 2, "idle": 0.0})
+    assert gradient_squares({"hard": losses["hard"]}, Outputs(torch.zeros(1, 2)), batch([UNLABELLED]), {"hard": 0})["hard"] == 0.0
+
+
+def test_gradients_of_terms_do_not_depend_on_the_cut_and_leave_the_graph_alone():
+    s, t = draw(9, 1.0, n=9, c=4)
+    labels = [0, 1, UNLABELLED, 3, UNLABELLED, UNLABELLED, 1, 2, 0]
+    losses = {"hard": CrossEntropy(type="cross_entropy"), "soft": JensenShannon(type="jsd", beta=0.2)}
+    counts = {"hard": 6, "soft": 9}
+    logits = s.clone().requires_grad_()
+
+    def total(cuts):
+        pairs = zip([0, *cuts], [*cuts, 9], strict=True)
+        pieces = [gradient_squares(losses, Outputs(logits[i:j]), batch(labels[i:j], t[i:j]), counts) for i, j in pairs]
+        return {name: sum(float(piece[name]) for piece in pieces) for name in losses}
+
+    whole = total([])
+    for name, loss in losses.items():
+        own = s.clone().requires_grad_()
+        weigh({name: loss}, Outputs(own), batch(labels, t), counts)[0].backward()
+        assert whole[name] == pytest.approx(float(own.grad.square().sum()), rel=1e-5)
+    for cuts in ([1], [3, 4], [2, 5, 6]):
+        assert total(cuts) == pytest.approx(whole, rel=1e-5)
+    assert logits.grad is None

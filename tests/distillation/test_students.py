@@ -4,11 +4,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distillation import models
-from distillation.config import LayersStudent, PretrainedStudent, ProbeStudent, ScratchStudent
+from distillation import fit, inference, models, store
+from distillation.config import Features, LayersStudent, PretrainedStudent, ProbeStudent, ScratchStudent, TargetsConfig, TrainingConfig
 from distillation.errors import ConfigError, InputError
-from distillation.students import Probe, build_student, chosen_layers, parameter_ratio
-from tests.tiny import LABELS, bert, model_folder
+from distillation.loop import LocalSession
+from distillation.rows import open_columns
+from distillation.students import Probe, build_student, chosen_layers, flops, label, outline, parameter_ratio, size_of
+from tests.tiny import LABELS, LOSSES, bert, model_folder, settings, world
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +133,112 @@ def test_a_teacher_without_a_tensor_is_named(tmp_path):
     for broken in (lambda: models.load_classifier(folder), lambda: build(LayersStudent(type="layers", layers=(2,)), folder)):
         with pytest.raises(InputError, match=r"DST-3207.*layer.2.output.dense.weight"):
             broken()
+
+
+SIZES = {
+    "L2": LayersStudent(type="layers", layers=(1, 3)),
+    "L1H8": ScratchStudent(type="scratch", layers=1, hidden_size=8, heads=2, intermediate_size=12),
+    "probe": ProbeStudent(type="probe"),
+}
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    return world(tmp_path_factory.mktemp("world"), config=TargetsConfig(features=Features(pooled=True)))
+
+
+@pytest.mark.parametrize("name", [*SIZES, "own"])
+def test_a_size_known_beforehand_is_that_of_the_trained_student(storage, tmp_path, name):
+    own = model_folder(tmp_path / "own", layers=3, labels=("x", "y"))
+    config = SIZES.get(name) or PretrainedStudent(type="pretrained", model=str(own))
+    # What the teacher started from: its head is for other labels.
+    start = model_folder(tmp_path / "start", labels=("x", "y", "z", "w", "v"))
+    training = TrainingConfig(steps=1, batch_tokens=256, precision="fp32")
+    losses = {"soft": LOSSES["soft"]}
+    fit.train(settings(storage, name, student=config, training=training, losses=losses), LocalSession(), {})
+    manifest = store.find(storage, f"students/{name}")
+    folder = fit.model_folder(storage, f"students/{name}")
+    _, columns = open_columns(storage, "corpora/c", "corpus", "validation")
+    cost = inference.cost(folder, columns, repeats=1)
+    lengths = sorted(columns.whole("length").tolist())
+    found = size_of(config, start, LABELS, lengths[len(lengths) // 2])
+    assert found["parameters"] == manifest.facts["parameters"] == cost["parameters"]
+    assert found["flops"] == cost["flops"]
+    assert found["bytes"] == sum(4 * tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+
+
+def test_flops_by_hand(teacher):
+    # One layer on 5 tokens: 4 squares of attention and 2 x 12 of feed forward, on 8 wide; scores and values; pooler and head on one token.
+    by_hand = 2 * (5 * (4 * 8 * 8 + 2 * 8 * 12) + 2 * 5 * 5 * 8 + 8 * 8 + 8 * 3)
+    assert size_of(SIZES["L1H8"], teacher, LABELS, 5)["flops"] == by_hand
+
+
+def test_bytes_are_those_of_an_export_within_a_percent(tmp_path):
+    start = model_folder(tmp_path / "start", layers=2)
+    config = ScratchStudent(type="scratch", layers=3, hidden_size=128, heads=4, intermediate_size=512)
+    build(config, start).model.save_pretrained(tmp_path / "export")
+    written = (tmp_path / "export/model.safetensors").stat().st_size
+    assert size_of(config, start, LABELS, 4)["bytes"] == pytest.approx(written, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("albert", {"embedding_size": 8}),  # one layer's weights, used by all
+        ("deberta-v2", {}),
+        ("gpt2", {"n_layer": 2, "n_embd": 16, "n_head": 2}),
+        ("longformer", {"attention_window": 8}),  # looks at values while it computes
+        (
+            "bart",
+            {
+                "d_model": 16,
+                "encoder_ffn_dim": 32,
+                "decoder_ffn_dim": 32,
+                "encoder_layers": 1,
+                "decoder_layers": 2,
+                "encoder_attention_heads": 2,
+                "decoder_attention_heads": 2,
+            },
+        ),  # one embedding under three names
+    ],
+)
+def test_sizes_of_other_architectures(tmp_path, kind, sizes):
+    from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32} | sizes
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
+    made = CONFIG_MAPPING[kind](vocab_size=40, num_labels=7, **ids, **sizes)
+    AutoModelForSequenceClassification.from_config(made).save_pretrained(tmp_path)
+    model = models.load_classifier(tmp_path, LABELS).eval()
+    found = size_of(PretrainedStudent(type="pretrained", model=str(tmp_path)), tmp_path, LABELS, 6)
+    ids = torch.tensor([[2, 5, 9, 7, 8, 3]])
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["bytes"] == 4 * found["parameters"]
+    assert found["flops"] == flops(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def test_an_outline_reads_no_tensor_and_refuses_what_cannot_be_built(teacher, tmp_path):
+    from safetensors.torch import save_file
+
+    network = outline(SIZES["L2"], teacher, ("x", "y"))
+    assert {p.device.type for p in network.parameters()} == {"meta"}
+    assert network.classifier.out_features == 2
+    folder = model_folder(tmp_path / "empty")
+    save_file({}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert size_of(ProbeStudent(type="probe"), folder, LABELS, 8) == size_of(ProbeStudent(type="probe"), teacher, LABELS, 8)
+    with pytest.raises(ConfigError, match="DST-2011"):
+        outline(LayersStudent(type="layers", count=5), teacher, LABELS)
+
+
+def test_labels_of_sizes():
+    def pretrained(model):
+        return label(PretrainedStudent(type="pretrained", model=model), 12)
+
+    assert label(LayersStudent(type="layers", count=6), 12) == "L6"
+    assert label(LayersStudent(type="layers", layers=(0, 5, 11)), 12) == "L3"
+    assert label(ScratchStudent(type="scratch", layers=4, hidden_size=312, heads=12, intermediate_size=1200), 12) == "L4H312"
+    assert label(ProbeStudent(type="probe"), 12) == "probe"
+    assert pretrained("google-bert/bert-base-uncased") == "bert-base-uncase"
+    assert pretrained("package:weights/inner/mini lm/") == "mini-lm"
+    assert pretrained("s3://bucket/") == "bucket"
+    assert pretrained("~/\u00e4\u00f6") == "pretrained"

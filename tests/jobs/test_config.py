@@ -86,7 +86,8 @@ def test_defaults_and_what_follows_from_them():
 
 def test_every_type_of_loss_and_student_can_be_written():
     """The table that a new variant has to be added to: one line a type, with the settings it cannot do without."""
-    losses = {"cross_entropy": {}, "forward_kl": {}, "l2_distil": {}, "logit_mse": {}, "pkd": {"layers": {0: 3}}}
+    losses = {name: {} for name in ("cross_entropy", "forward_kl", "reverse_kl", "jsd", "l2_distil", "logit_mse")}
+    losses["pkd"] = {"layers": {0: 3}}
     students = {
         "layers": {"count": 2},
         "scratch": {"layers": 1, "hidden_size": 8, "heads": 2, "intermediate_size": 16},

@@ -1,0 +1,78 @@
+"""What MLflow is told of a search: a run for every training below the run of the search, through the journal, off Tune's loop.
+
+A search that goes on continues the same runs: their keys follow from the ledger's numbers, and the journal drops what it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from cluster.journal import Journal, Scalar
+from tuning.ledger import Search, Trial
+
+STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+"""MLflow has no status for a trial that its scheduler ended: the tag distillery.state says it."""
+STATES = {"finished": "finished", "stopped": "stopped early", "failed": "failed"}
+
+
+class Recorder:
+    """The observer of a director. parent: key of the search's run."""
+
+    def __init__(self, journal: Journal, parent: str) -> None:
+        self._journal, self._parent = journal, parent
+
+    def key(self, number: int) -> str:
+        return self.key_of(self._parent, number)
+
+    @staticmethod
+    def key_of(parent: str, number: int) -> str:
+        return f"{parent}/{number:05d}"
+
+    def started(self, trial: Trial) -> None:
+        task, key = trial.task, self.key(trial.number)
+        tags = {
+            "role": task.role,
+            "distillery.trial": str(trial.number),
+            "distillery.fingerprint": task.fingerprint,
+            "distillery.state": "running",
+        }
+        self._journal.run(key, name=task.name, parent=self._parent, tags=tags)
+        self._journal.params(
+            key, {"student": task.student, "role": task.role, "seed": task.seed, "rows": task.rows, **flat_point(task.point)}
+        )
+        self._journal.metrics(key, task.cost, 0)
+
+    def point(self, trial: Trial, step: int, metrics: Mapping[str, float]) -> None:
+        self._journal.metrics(self.key(trial.number), metrics, step)
+
+    def ended(self, trial: Trial) -> None:
+        if trial.state not in STATUS:  # a refused point was never a run
+            return
+        key = self.key(trial.number)
+        tags = {"distillery.state": STATES[trial.state], "distillery.node": trial.node}
+        if trial.cause:
+            tags["distillery.error"] = trial.cause
+        self._journal.tags(key, tags)
+        self._journal.finish(key, STATUS[trial.state])  # type: ignore[arg-type]
+
+    def catch_up(self, search: Search) -> None:
+        """Bring to the journal what the ledger has and it has not: a process was killed between the two, or the journal was moved away."""
+        for trial in search.trials:
+            if trial.state == "refused" or self._journal.has_ended(self.key(trial.number)):
+                continue
+            self.started(trial)
+            for step, metrics in trial.curve:
+                self.point(trial, step, metrics)
+            self.ended(trial)
+
+
+def flat_point(point: Mapping[str, Any]) -> dict[str, Scalar]:
+    """Values of the knobs as parameters: numbers stay numbers, so that axes are numeric; sub-objects by their dotted paths."""
+    found: dict[str, Scalar] = {}
+    for path, value in point.items():
+        if isinstance(value, Mapping):
+            found |= flat_point({f"{path}.{key}": inner for key, inner in value.items() if inner is not None})
+        else:
+            found[path] = str(value) if isinstance(value, list | tuple) else value
+    return found

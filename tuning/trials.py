@@ -1,0 +1,148 @@
+"""What a trial runs on a node: the one training function, in a warm process of Ray Tune or on workers of Ray Train below it.
+
+A trial tells Tune `rows`, `quality` and `state`, by which it is scheduled, and hands over what happened since the last time as `points`.
+Nothing here loads the teacher.
+"""
+
+from __future__ import annotations
+
+import queue
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future
+from typing import Any
+
+import ray.tune
+import torch
+
+from cluster import training
+from cluster.config import ClusterConfig
+from distillation import fit, inference, models
+from distillation.config import FitConfig
+from distillation.errors import DistilleryError
+from distillation.loop import LocalSession
+from distillation.rows import open_columns
+from distillation.storage import Storage
+from distillation.students import Probe, build_student
+
+FLUSH_SECONDS = 10.0
+"""How long points of a curve wait for the next evaluation before they are handed over alone."""
+
+FAILURES = (DistilleryError, RuntimeError, ValueError, TypeError, LookupError, OSError, ArithmeticError, MemoryError)
+"""What a training may raise and the search goes on after; torch's out-of-memory error is a RuntimeError."""
+
+
+def run_trial(config: dict[str, Any]) -> None:
+    """The function that Tune calls. config: number, role, bucket, and the `work` that `tuning.search` describes."""
+    torch.set_num_threads(config["work"]["cpus"])
+    started = time.monotonic()
+    reporter = Reporter(config["work"])
+    try:
+        if config["role"] == "measure":
+            reporter.finish("finished", measured=measure(config["work"]))
+            return
+        if config["work"]["workers"] == 1:
+            session = TrialSession(reporter)
+            fit.train(FitConfig.model_validate(config["work"]["fit"]), session, config["work"]["made_from"])
+        else:
+            _train_on_workers(config["work"], reporter)
+        reporter.finish("finished", seconds=time.monotonic() - started)
+    except FAILURES as error:
+        if isinstance(error, ray.exceptions.RayError):  # the cluster's fault, not the trial's: Tune tries again
+            raise
+        reporter.finish("failed", seconds=time.monotonic() - started, cause=cause_of(error))
+
+
+def cause_of(error: BaseException) -> str:
+    """One line that says why, without a traceback; the same failure gives the same beginning."""
+    if isinstance(error, DistilleryError):
+        return str(error)
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+class Reporter:
+    """Between a training and Tune: collects points, adds what follows from them, hands them over at evaluations."""
+
+    def __init__(self, work: Mapping[str, Any]) -> None:
+        self._quality, self._sign = work["quality"], 1.0 if work["maximise"] else -1.0
+        self._teacher_accuracy = work["teacher_accuracy"]
+        self._points: list[tuple[int, dict[str, float]]] = []
+        self._rows, self._score = 0, 0.0
+        self._last = time.monotonic()
+
+    def point(self, metrics: Mapping[str, float], step: int) -> None:
+        metrics = dict(metrics)
+        if "validation/accuracy" in metrics and self._teacher_accuracy:
+            metrics["validation/retention"] = metrics["validation/accuracy"] / self._teacher_accuracy
+        self._points.append((step, metrics))
+        if self._quality in metrics:
+            self._rows, self._score = int(metrics["train/rows"]), self._sign * metrics[self._quality]
+            self._report(state="running", scored=True)
+        elif time.monotonic() - self._last > FLUSH_SECONDS:
+            self._report(state="running", scored=False)
+
+    def finish(self, state: str, **more: Any) -> None:
+        self._report(state=state, scored=False, **more)
+
+    def _report(self, **more: Any) -> None:
+        points, self._points, self._last = self._points, [], time.monotonic()
+        ray.tune.report({"rows": self._rows, "quality": self._score, "points": points, "node": socket.gethostname(), **more})
+
+
+class TrialSession(LocalSession):
+    """The training loop's view of a trial of one worker."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        super().__init__("cuda" if torch.cuda.is_available() else "cpu")
+        self._reporter = reporter
+
+    def report(self, metrics: Mapping[str, float], step: int) -> None:
+        self._reporter.point(metrics, step)
+
+
+def _train_on_workers(work: Mapping[str, Any], reporter: Reporter) -> None:
+    """Train below this trial with Ray Train. Points arrive in a thread of the mailbox and are handed to Tune from this one.
+
+    If Tune stops the trial it ends this process, and with it goes what it started.
+    """
+    points: queue.Queue[tuple[dict[str, float], int] | None] = queue.Queue()
+    outcome: Future[Any] = Future()
+
+    def record(_: str, metrics: Mapping[str, float], step: int) -> None:
+        points.put((dict(metrics), step))
+
+    def run() -> None:
+        try:
+            config = FitConfig.model_validate(work["fit"])
+            outcome.set_result(
+                training.train(config, work["made_from"], ClusterConfig.model_validate(work["cluster"]), record, config.name)
+            )
+        except BaseException as error:  # noqa: BLE001 - handed to the trial's thread, which raises it
+            outcome.set_exception(error)
+        points.put(None)
+
+    threading.Thread(target=run, name="trainer", daemon=True).start()
+    while (point := points.get()) is not None:
+        reporter.point(*point)
+    outcome.result()
+
+
+def measure(work: Mapping[str, Any]) -> dict[str, float]:
+    """Latencies of a student that is not trained, over rows of the validation split; its weights do not matter to them."""
+    config = FitConfig.model_validate(work["fit"])
+    storage, settings = Storage(config.storage), work["evaluation"]
+    models.quiet()
+    teacher = fit.model_folder(storage, config.teacher) if config.teacher else None
+    module: Any = build_student(config.student, teacher, config.labels, report_layers=(), dropout=None, seed=0)
+    model = (module.whole_model() if isinstance(module, Probe) else module.model).eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _, columns = open_columns(storage, config.corpus, "corpus", "validation")
+    assert teacher is not None
+    bf16 = models.use_bf16(settings["precision"], device)
+    (found,) = inference.costs(
+        [(model.to(device), teacher)], columns, settings["batch_tokens"], bf16, device, settings["threads"], settings["repeats"], 0
+    )
+    return {f"cost/{name}": found[name] for name in ("latency_ms_p50", "latency_ms_p95")}

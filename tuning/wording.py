@@ -1,0 +1,166 @@
+"""Names and numbers of a search as people read them, and what is said of its result. Nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tuning.config import Constraint
+from tuning.ledger import Search, Trial
+from tuning.pareto import interval, missing, paired_p
+
+LABELS = {
+    "validation/accuracy": "accuracy", "validation/nll": "NLL", "validation/agreement": "agreement",
+    "validation/kl_to_teacher": "KL to teacher", "validation/retention": "retention", "cost/parameters": "parameters",
+    "cost/bytes": "bytes", "cost/flops": "FLOPs", "cost/latency_ms_p50": "p50 ms", "cost/latency_ms_p95": "p95 ms",
+}  # fmt: skip
+"""What people call a metric, in the order of columns."""
+
+PERCENT = {"validation/accuracy", "validation/agreement", "validation/retention"}
+COUNTS = {"cost/parameters", "cost/bytes", "cost/flops"}
+
+
+def shown(metric: str, value: float | None) -> str:
+    """A value of a metric for people; empty where there is none."""
+    if value is None:
+        return ""
+    if metric in PERCENT:
+        return f"{100 * value:.1f} %"
+    if metric in COUNTS:
+        return counted(value)
+    return f"{value:.1f}" if metric.startswith("cost/latency") else plain(value)
+
+
+def plain(value: Any) -> str:
+    """A value of a knob: numbers to three digits, a sub-object by its type and what it sets besides."""
+    if isinstance(value, Mapping):
+        rest = [f"{key}={plain(inner)}" for key, inner in value.items() if key != "type" and inner is not None]
+        return " ".join([str(value["type"]), *rest]) if "type" in value else " ".join(rest)
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(plain(inner) for inner in value) + "]"
+    if isinstance(value, float):
+        text = f"{value:.3g}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.2e}"
+        mantissa, _, exponent = text.partition("e")
+        return f"{float(mantissa):g}e{int(exponent)}" if exponent else text
+    return "none" if value is None else str(value)
+
+
+def counted(number: float) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.0f}"
+
+
+def duration(seconds: float) -> str:
+    minutes, hours = round(seconds / 60), round(seconds / 3600)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return (
+        f"{minutes} min"
+        if minutes < 90
+        else f"{minutes // 60} h {minutes % 60:02d} min"
+        if hours < 48
+        else f"{hours // 24} d {hours % 24} h"
+    )
+
+
+def many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def spread(metric: str, found: Mapping[str, Any]) -> str:
+    """A mean over seeds with its interval: 74.2 % (73.1 to 75.3)."""
+    inside = bounds(metric, found)
+    return shown(metric, found["mean"]) + (f" ({inside})" if inside else "")
+
+
+def bounds(metric: str, found: Mapping[str, Any]) -> str:
+    """73.1 to 75.3; empty where there is nothing to tell a spread from."""
+    return "" if found["low"] is None else " to ".join(shown(metric, found[key]).removesuffix(" %") for key in ("low", "high"))
+
+
+def p_value(p: float | None) -> str:
+    return "" if p is None else "p < 0.001" if p < 0.001 else f"p {p:.2g}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- result
+
+
+class Finding(NamedTuple):
+    """A finalist on the test split. Intervals as `pareto.interval` gives them, over seeds; evaluations as `Evaluation` dumps them."""
+
+    trial: int
+    name: str
+    student: str
+    quality: dict[str, dict[str, Any]]
+    """accuracy, retention, agreement"""
+    baseline: dict[str, dict[str, Any]]
+    """The same of the student without distillation; empty where there is none."""
+    gain: dict[str, Any] | None
+    """In accuracy, seed by seed, with `p`."""
+    evaluation: dict[str, Any]
+    """Of the refit that is shipped, or of the first one."""
+    shipped: bool
+
+
+def on_test_split(search: Search) -> list[Finding]:
+    """What the test split says of the finalists. An evaluation carries the name that its training has in the ledger."""
+    choice, by_name = search.choice, {one["name"]: one for one in search.evaluations or ()}
+
+    def of(numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
+        tasks = [search.trials[number].task for number in numbers]
+        return {task.seed: by_name[task.name] for task in tasks if task.name in by_name}
+
+    found = []
+    for one in choice["finalists"] if choice else ():
+        ours, theirs = of(one["refits"]), of(one["baselines"])
+        if choice and ours:
+            pairs = [(e["quality"]["accuracy"], theirs[seed]["quality"]["accuracy"]) for seed, e in ours.items() if seed in theirs]
+            gain = {**interval([a - b for a, b in pairs]), "p": paired_p(*zip(*pairs, strict=True))} if pairs else None
+            shipped = by_name.get(search.trials[choice["refit"]].task.name) if one["trial"] == choice["trial"] else None
+            quality, baseline = _over_seeds(ours.values()), _over_seeds(theirs.values())
+            evaluation = shipped or next(iter(ours.values()))
+            found.append(Finding(one["trial"], one["name"], one["student"], quality, baseline, gain, evaluation, shipped is not None))
+    return found
+
+
+def _over_seeds(evaluations: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    both = [{**one["quality"], **one["against"]} for one in evaluations]
+    return {name: interval([one[name] for one in both]) for name in ("accuracy", "retention", "agreement") if both}
+
+
+def sentence_of(one: Finding) -> str:
+    seeds = one.quality["accuracy"]["count"]
+    text = f"On the test split, {f'mean of {seeds} seeds' if seeds > 1 else 'one seed'}: "
+    text += f"accuracy {spread('validation/accuracy', one.quality['accuracy'])}, "
+    text += f"{spread('validation/retention', one.quality['retention'])} of the teacher's; "
+    if one.gain is None:
+        return f"{text}nothing was trained without distillation to compare it with."
+    gain, inside = gain_text(one.gain)
+    return f"{text}{gain}{f' ({inside})' if inside else ''} over the same student without distillation."
+
+
+def gain_text(gain: Mapping[str, Any], metric: str = "validation/accuracy") -> tuple[str, str]:
+    """+1.3 points; +0.2 to +2.4, p 0.03. In the metric's own unit where it is no share."""
+    share = metric in PERCENT
+    mean, *ends = (
+        f"{100 * value:+.1f}" if share else f"{value:+.3f}" for value in (gain["mean"], gain["low"], gain["high"]) if value is not None
+    )
+    inside = [" to ".join(ends), p_value(gain["p"])]
+    return mean + (" points" if share else ""), ", ".join(part for part in inside if part)
+
+
+def misses(search: Search, trial: Trial) -> list[str]:
+    """What a trial does not keep, one text each, with what it has."""
+    values, found = search.values(trial), []
+    for wish in search.config.constraints:
+        if missing([wish], values) != (0, 0.0):
+            has = shown(wish.metric, values.get(wish.metric)) or "not measured"
+            found.append(f"{LABELS[wish.metric]} {has} instead of {wished(wish)}")
+    return found
+
+
+def wished(wish: Constraint) -> str:
+    """≥ 97.0 %"""
+    return f"{'≥' if wish.at_least else '≤'} {shown(wish.metric, wish.bound)}"

@@ -91,6 +91,17 @@ class Checkpoints:
         self.history[:] = [(step, metrics) for step, metrics in json.loads(files["history.json"].read_text())]
         return Position(**manifest.facts["position"])
 
+    def adopt(self, folder: str, step: int) -> None:
+        """Go on from a checkpoint of the run whose checkpoints lie in `folder`; once, and not where this run is beyond it. Raises InputError."""
+        mine, name = store.find(self._storage, self._name(step)), f"{folder}/{_step_name(step)}"
+        if (mine is not None and mine.made_from.get("adopted") == folder) or any(later > step for later in self._steps()):
+            return
+        manifest, files = store.open_artifact(self._storage, name, "checkpoint")
+        self._storage.delete(self._name(step))
+        made_from = {"run": self._fingerprint, "step": step, "adopted": folder}
+        source = files["weights.safetensors"].parent
+        store.commit_folder(self._storage, self._name(step), source, "checkpoint", self._fingerprint, made_from, manifest.facts)
+
     def _write(self, weights: dict[str, Tensor], moments: dict[str, Tensor], position: Position, history: list[Any]) -> None:
         try:
             with tempfile.TemporaryDirectory(prefix="distillery-") as name:
@@ -124,7 +135,11 @@ class Checkpoints:
         return sorted(int(name.removeprefix("step-")) for name in names if name.startswith("step-"))
 
     def _name(self, step: int) -> str:
-        return f"{self._folder}/step-{step:08d}"
+        return f"{self._folder}/{_step_name(step)}"
+
+
+def _step_name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:

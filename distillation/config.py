@@ -295,5 +295,7 @@ class FitConfig(Config):
     """Of everything that made this run."""
     rungs: tuple[int, ...] = ()
     """Rows seen after which the validation split is scored, besides training.evaluate_every."""
+    save_rungs: bool = False
+    """Also checkpoint there, before the score is reported: whoever hears of it can go on from there."""
     keep_model: bool = True
     """False: a trial of a search, whose product is its numbers: no model is committed."""

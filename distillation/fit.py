@@ -18,7 +18,7 @@ from distillation.errors import InputError
 from distillation.loop import Fit, Session
 from distillation.losses import student_layers
 from distillation.rows import Rows, open_rows
-from distillation.signals import output_head
+from distillation.signals import output_head, rows_answered
 from distillation.storage import Storage
 from distillation.students import Probe, build_student
 from distillation.tasks import build_task
@@ -32,7 +32,7 @@ def train(config: FitConfig, session: Session, made_from: Mapping[str, Any]) -> 
     `discard_checkpoints` then. Raises what `open_rows`, `build_student` and the loop raise.
     """
     models.quiet()
-    storage = Storage(config.storage)
+    storage, answered = Storage(config.storage), rows_answered()
     if config.keep_model and (found := _finished(storage, config, session)) is not None:
         return found
     teacher = model_folder(storage, config.teacher) if config.teacher else None
@@ -50,7 +50,8 @@ def train(config: FitConfig, session: Session, made_from: Mapping[str, Any]) -> 
     )
     module.train()
     checkpoints = Checkpoints(storage, _checkpoints(config.output), config.fingerprint)
-    result = Fit(module, rows, validation, config.losses, training, session, checkpoints, config.rungs).run()
+    result = Fit(module, rows, validation, config.losses, training, session, checkpoints, config.rungs, config.save_rungs).run()
+    result["teacher_rows"] = rows_answered() - answered
     if not config.keep_model:
         return result
     if session.rank == 0 and store.find(storage, config.output) is None:
@@ -64,6 +65,11 @@ def train(config: FitConfig, session: Session, made_from: Mapping[str, Any]) -> 
 def discard_checkpoints(storage: Storage, output: str) -> None:
     """Remove those of the run with this `FitConfig.output`, which is over. None there is fine."""
     storage.delete(_checkpoints(output))
+
+
+def go_on_from(config: FitConfig, output: str, step: int) -> None:
+    """Give a run the checkpoint that the run with this `FitConfig.output` made at a step, in place of its own. Raises InputError."""
+    Checkpoints(Storage(config.storage), _checkpoints(config.output), config.fingerprint).adopt(_checkpoints(output), step)
 
 
 def _checkpoints(output: str) -> str:

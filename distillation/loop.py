@@ -167,6 +167,8 @@ class Fit:
     checkpoints: Checkpoints | None
     rungs: Sequence[int] = ()
     """Rows seen after which the validation split is scored, whatever training.evaluate_every says."""
+    save_rungs: bool = False
+    """Checkpoint at the rungs, too. A checkpoint is committed before the score at its step is reported."""
 
     def run(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one. Returns the last validation metrics and totals.
@@ -202,22 +204,29 @@ class Fit:
             rate, step = learning_rate(position.step, plan.total, training), position.step + 1
             last, rung = step == plan.total, step in rungs
             every = training.checkpoint_every if self.checkpoints is not None else 0
-            saving = bool(every and step % every == 0 and not last)
+            held = rung and self.save_rungs and self.checkpoints is not None
+            saving = held or bool(every and step % every == 0 and not last)
             # A point at every checkpoint too: what is added up between two points is not part of one.
             reporting = step % training.log_every == 0 or last or saving or rung
             sums, squares, counts, norm = self._step(optimizer, batch, position.step, rate, reporting)
             position = Position(step, position.epoch, position.step_in_epoch + 1)
             curve.add(sums, counts, len(batch), int(self.rows.lengths[batch].sum()))
+            points: list[dict[str, float]] = []
             if reporting:
                 point = curve.take(squares)
-                self._report({**point, **plan.seen(step), "train/learning_rate": rate, "train/gradient_norm": norm}, step)
+                points.append({**point, **plan.seen(step), "train/learning_rate": rate, "train/gradient_norm": norm})
             if self.validation is not None and (last or rung or (training.evaluate_every and step % training.evaluate_every == 0)):
                 paused = time.perf_counter()
                 latest = self.evaluate(self.validation)
-                self._report({**latest, **plan.seen(step)}, step)
+                points.append({**latest, **plan.seen(step)})
                 curve.pause(time.perf_counter() - paused)
+            self.history += [(step, point) for point in points]
             if self.checkpoints is not None and saving:
                 self.checkpoints.save(self.module, optimizer, position, session)
+            if self.checkpoints is not None and held:
+                self.checkpoints.close()
+            for point in points:
+                session.report(point, step)
         if self.checkpoints is not None:
             self.checkpoints.close()
         return {**latest, "steps": plan.total, "resumed_at": first, "seconds": time.perf_counter() - started}
@@ -262,10 +271,6 @@ class Fit:
             torch.nn.utils.clip_grads_with_norm_(parameters, training.clip, total)
         optimizer.step()
         return sums, squares, counts, norm
-
-    def _report(self, metrics: dict[str, float], step: int) -> None:
-        self.history.append((step, metrics))
-        self.session.report(metrics, step)
 
     def _forward(self, module: nn.Module, batch: Batch) -> Outputs:
         outputs: Outputs = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, pooled=batch.signal.pooled)

@@ -104,11 +104,21 @@ def _input_of(module: nn.Module, wanted: bool) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
+_answered = 0
+
+
+def rows_answered() -> int:
+    """Rows that live teachers have answered in this process."""
+    return _answered
+
+
 def observe(teacher: Classifier, batch: Batch, bf16: bool) -> TeacherSignal:
     """Run a live teacher over a batch: no gradient, evaluation mode, results in fp32.
 
     The store is filled by this function, so that both ways give the same signal.
     """
+    global _answered
+    _answered += len(batch.input_ids)
     teacher.eval()
     with torch.no_grad(), torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=bf16):
         outputs = teacher(batch.input_ids, batch.attention_mask)

@@ -290,7 +290,10 @@ def _fields_at(model: type[BaseModel], location: Sequence[Any]) -> list[str]:
 def _step(types_: Sequence[Any], part: Any) -> tuple[list[Any], bool]:
     """Types behind one part of a location, and whether the part is the tag of a union rather than a key."""
     models = [one for one in types_ if isinstance(one, type) and issubclass(one, BaseModel)]
-    tagged = [one for one in models if "type" in one.model_fields and part in get_args(one.model_fields["type"].annotation)]
+    if any("type" in one.model_fields for one in models):
+        tagged = [one for one in models if "type" in one.model_fields and part in get_args(one.model_fields["type"].annotation)]
+    else:  # a knob: its tag is the name of a field
+        tagged = [one for one in models if part in one.model_fields]
     if tagged and len(models) > 1:
         return tagged, True
     for one in models:

@@ -35,6 +35,11 @@ class Progress:
                 self._status.stop()
         self.console.print(f"[green]done[/green] {escape(title)} [dim]{time.monotonic() - started:.0f} s[/dim]")
 
+    def pause(self) -> None:
+        """Take the live line away until the next stage: something else is shown in its place."""
+        if self._status is not None:
+            self._status.stop()
+
     def found(self, title: str) -> None:
         self.console.print(f"[cyan]found[/cyan] {escape(title)}")
 

@@ -82,16 +82,14 @@ def _run(context: Context, tracker: Tracker, ledger: Ledger, fingerprint: str) -
     stages.teach(context)
     trainings = Trainings(plan, job.space())
     _require_metrics(job.search, trainings.teacher)
-    ledger.begin(job.name, job.model_dump(mode="json"), fingerprint, trainings.teacher)
+    ledger.begin(job.name, job.model_dump(mode="json"), fingerprint, trainings.teacher, passes)
     assert ledger.search is not None
     recorder = Recorder(context.journal, context.parent)
     recorder.catch_up(ledger.search)
     context.journal.metrics(context.key("teacher"), trainings.teacher, 0)
     director = Director(ledger, build_searcher(job.search, job.space()), trainings, recorder, lambda trial: _discard(plan, trial))
     _train(context, director, trainings, concurrent)
-    console.print(
-        f"{director.ran} trainings in this run; teacher forward passes over train and validation: {passes}, in trials: 0", highlight=False
-    )
+    console.print(f"{director.ran} trainings in this run. {views.teacher_passes(ledger.search)}", highlight=False)
     decision = director.decision()
     choice = choose(ledger.search, decision)
     ledger.choice(choice)
@@ -113,7 +111,7 @@ def _train(context: Context, director: Director, trainings: Trainings, concurren
     """Everything that is trained, with a board to look at meanwhile."""
     plan, job = context.plan, context.plan.job
     assert job.search is not None
-    scheduler = build_scheduler(job.search, trainings.rows)
+    scheduler = build_scheduler(job.search, trainings.rows, rebuild=director.exploit)
     scheduler.replay(director.search)
     shared = {
         "workers": job.search.workers_per_trial, "cpus": job.search.cpus_per_worker, "quality": job.search.quality,
@@ -181,7 +179,7 @@ def _require_metrics(config: SearchConfig, teacher: dict[str, float]) -> None:
 def _discard(plan: Plan, trial: Trial) -> None:
     """A trial's numbers are in the ledger: its checkpoints are not needed any more. A failed one keeps them, to go on from."""
     if trial.task.role in ("trial", "baseline") and trial.state != "failed":
-        fit.discard_checkpoints(plan.storage, f"trials/{trial.task.fingerprint}")
+        fit.discard_checkpoints(plan.storage, trial.task.output)
 
 
 def _test(context: Context, search: Search, choice: dict[str, Any]) -> list[Evaluation]:

@@ -116,12 +116,13 @@ class Trainings:
             made_from["steps"] = steps
         fingerprint = store.fingerprint(made_from) if self._config.budget < 1 else run.stage.fingerprint
         name = trial_name(self._label(run.student), point, self._space.knobs) + ("-baseline" if role == "baseline" else "")
-        changes = {
-            "name": name, "fingerprint": fingerprint, "output": f"trials/{fingerprint}", "keep_model": False,
-            "rungs": rungs(self._config, self.rows) if role == "trial" else (),
-        }  # fmt: skip
-        config = config.model_copy(update=changes)
+        config = config.model_copy(update={"name": name, "fingerprint": fingerprint, "keep_model": False})
         task = self._task(role, config, run, point, rows, of, config.training.seed)
+        changes: dict[str, Any] = {"output": task.output, "rungs": rungs(self._config, self.rows) if role == "trial" else ()}
+        if role == "trial" and self._config.scheduler.type == "pbt":
+            # Only there, so that what another one goes on from is still kept when it does.
+            changes |= {"save_rungs": True, "training": config.training.model_copy(update={"checkpoint_every": 0})}
+        config = config.model_copy(update=changes)
         return Proposal(task, {"fit": config.model_dump(mode="json"), "made_from": made_from})
 
     def _task(self, role: Role, config: FitConfig, run: Run, point: Point, rows: int, of: int | None, seed: int) -> Task:

@@ -322,5 +322,9 @@ class SearchConfig(Config):
                 f"scheduler pbt can only turn learning rate, weight decay, weights, temperatures and betas, not {', '.join(fixed)}: "
                 "a student cannot go on from the weights of another one"
             )
+        if self.concurrent is not None:
+            raise ValueError(
+                "scheduler pbt holds the whole population, of which as many train at once as there is room for: leave concurrent out"
+            )
         if self.trials < 4:
             raise ValueError(f"scheduler pbt needs a population: at least 4 trials, got {self.trials}")

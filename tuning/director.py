@@ -51,6 +51,9 @@ class Observer(Protocol):
     """Told of everything that is recorded, in order."""
 
     def started(self, trial: Trial) -> None: ...
+    def exploited(self, trial: Trial) -> None:
+        """It goes on from another one, with other knobs."""
+
     def point(self, trial: Trial, step: int, metrics: Mapping[str, float]) -> None: ...
     def ended(self, trial: Trial) -> None: ...
 
@@ -87,6 +90,7 @@ class Director:
         self._works: dict[int, Mapping[str, Any]] = {}
         self._phase: Literal["trials", "confirm", "done"] = "trials"
         self._closed = False
+        self._population = self.config.scheduler.type == "pbt"
         self._deadline = time.monotonic() + self.config.time_budget_s if self.config.time_budget_s else None
         self._replay()
 
@@ -109,6 +113,8 @@ class Director:
                     return job
                 self._phase = "done" if self._phase == "confirm" else "confirm"
                 if self._phase == "confirm":
+                    if self._population:
+                        self._discard_all()
                     self._queue.extend(self._confirmations())
             return "wait" if self._running and not self._closed else "done"
 
@@ -140,7 +146,9 @@ class Director:
                 if self._ledger.point(number, step, finite):
                     self._observer.point(trial, step, metrics)
             if result["state"] != "running":
-                self._end(trial, result["state"], cause=result.get("cause", ""), seconds=result["seconds"])
+                self._end(
+                    trial, result["state"], cause=result.get("cause", ""), seconds=result["seconds"], answered=result.get("answered", 0)
+                )
 
     def gone(self, number: int | None, error: str | None = None) -> None:
         """A trial of Tune is over. One that has not said how it ended was stopped by the scheduler, or its process died."""
@@ -157,7 +165,32 @@ class Director:
                 seconds = time.monotonic() - running[1]
                 self._end(trial, "failed" if error is not None else "stopped", cause=error or "", seconds=seconds)
 
+    def exploit(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A trial of a population goes on from another one: its config, where `point` and `source` are new, with the work that follows.
+
+        Raises ConfigError or InputError where the point is no valid job, or one that sees other rows than the source did.
+        """
+        with self.lock:
+            trial, source = self.search.trials[config["number"]], self.search.trials[config["source"]]
+            proposal = self._proposer.trial(config["point"])
+            if proposal.task.rows != source.task.rows:
+                raise ConfigError(
+                    "DST-2020", "knobs change which rows are seen", where=f"trial {trial.number}", expected=f"{source.task.rows} rows",
+                    found=str(proposal.task.rows), do="Keep the weights of losses above 0",
+                )  # fmt: skip
+            step = next(step for step, metrics in reversed(source.curve) if self.config.quality in metrics)
+            self._ledger.exploit(trial.number, source.number, step, config["point"], proposal.task.name)
+            self._observer.exploited(trial)
+            return {**config, "work": {**config["work"], **self._going_on(trial, proposal)}}
+
     # ---------------------------------------------------------------------------------------------------------- private
+
+    def _going_on(self, trial: Trial, proposal: Proposal) -> Mapping[str, Any]:
+        """Work of a trial whose knobs have changed: it keeps its place, and takes the weights of its source."""
+        source, step, _ = trial.exploits[-1]
+        mine = {"name": trial.task.name, "output": trial.task.output, "fingerprint": trial.task.fingerprint}
+        adopt = {"output": self.search.trials[source].task.output, "step": step}
+        return {**proposal.work, "fit": {**proposal.work["fit"], **mine}, "adopt": adopt}
 
     def _replay(self) -> None:
         """Take up what the ledger holds: buckets, what the searcher would know, and trials to go on with."""
@@ -168,21 +201,23 @@ class Director:
             if trial.state != "refused":
                 self._buckets.of(trial.task.cost["cost/flops"])
             if trial.state == "running" or (trial.state == "failed" and self.config.retry_failed):
-                self._works[trial.number] = self._again(trial).work
+                self._works[trial.number] = self._again(trial)
                 self._queue.append(trial.number)
             if trial.task.role == "trial":
                 self._tell(trial)
 
-    def _again(self, trial: Trial) -> Proposal:
+    def _again(self, trial: Trial) -> Mapping[str, Any]:
         """The work of a trial that an earlier process left unfinished, or that failed."""
         task = trial.task
+        if trial.exploits:
+            return self._going_on(trial, self._proposer.trial(task.point))
         if task.role == "trial":
             proposals = [self._proposer.trial(task.point)]
         else:
             of = self.search.trials[task.of or 0]
             found = self._proposer.baseline(of) if task.role == "baseline" else None
             proposals = [found] if found else list(self._proposer.refits(of))
-        return next(p for p in proposals if p.task.fingerprint == task.fingerprint and p.task.role == task.role)
+        return next(p.work for p in proposals if p.task.fingerprint == task.fingerprint and p.task.role == task.role)
 
     def _wants_trials(self) -> bool:
         run = [trial for trial in self.search.of_role("trial") if trial.state != "refused"]
@@ -274,14 +309,20 @@ class Director:
                 missing.setdefault(key, proposal)
         return list(missing.values())
 
-    def _end(self, trial: Trial, state: State, *, cause: str = "", seconds: float = 0.0) -> None:
-        self._ledger.end(trial.number, state, cause=cause, node=trial.node, seconds=seconds)
+    def _end(self, trial: Trial, state: State, *, cause: str = "", seconds: float = 0.0, answered: int = 0) -> None:
+        self._ledger.end(trial.number, state, cause=cause, node=trial.node, seconds=seconds, answered=answered)
         if trial.task.role == "trial":
             self._tell(trial)
         self._observer.ended(trial)
-        self._discard(trial)
+        if not (self._population and trial.task.role == "trial"):  # another one may go on from it
+            self._discard(trial)
         if state == "failed":
             self._same_way()
+
+    def _discard_all(self) -> None:
+        for trial in self.search.of_role("trial"):
+            if trial.state != "refused":
+                self._discard(trial)
 
     def _tell(self, trial: Trial) -> None:
         values = self.search.values(trial)

@@ -43,6 +43,22 @@ class Task(NamedTuple):
     """Number of the trial that this is the baseline or a refit of."""
     seed: int = 0
 
+    @property
+    def output(self) -> str:
+        """Where in the storage a trial or baseline that leaves no model has its checkpoints: `FitConfig.output`."""
+        return f"trials/{self.fingerprint}"
+
+
+class Exploit(NamedTuple):
+    """A trial of a population went on from another one, with other knobs."""
+
+    source: int
+    """Number of that one."""
+    step: int
+    """Of the checkpoint that was taken."""
+    point: Mapping[str, Any]
+    """The knobs before."""
+
 
 @dataclass
 class Trial:
@@ -65,6 +81,8 @@ class Trial:
     """Why it failed or was refused, in one line."""
     node: str = ""
     """Where it ran last."""
+    exploits: list[Exploit] = field(default_factory=list)
+    """In order. The task's point and name are those since the last one; its fingerprint stays that of the first."""
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         self.curve.append((step, dict(metrics)))
@@ -93,6 +111,16 @@ class Search:
     evaluations: list[dict[str, Any]] | None = None
     """Of the finalists on the test split, as `Evaluation` dumps."""
     ended: bool = False
+    passes: int = 0
+    """Times that the teacher was run over train and validation for it; 0 where the store had that already."""
+    answered: int = 0
+    """Rows that a teacher was asked during its trainings."""
+    idle: int = 0
+    """Milliseconds in which no driver worked on it."""
+
+    def elapsed(self, until: int) -> float:
+        """Seconds that drivers have worked on it until then."""
+        return (until - self.started - self.idle) / 1000
 
     @property
     def config(self) -> SearchConfig:
@@ -106,7 +134,7 @@ class Search:
         return {**trial.metrics, **trial.task.cost, **self.latencies.get(trial.task.student_key, {})}
 
     def remember(self, event: Event) -> None:
-        self.updated = event["time"]
+        before, self.updated = self.updated, event["time"]
         match event["kind"]:
             case "trial":
                 task = Task(**{name: event[name] for name in Task._fields})
@@ -115,10 +143,15 @@ class Search:
                 self.trials[event["number"]].state = "running"
             case "point":
                 self.trials[event["number"]].add(event["step"], event["metrics"])
+            case "exploit":
+                trial = self.trials[event["number"]]
+                trial.exploits.append(Exploit(event["source"], event["step"], trial.task.point))
+                trial.task = trial.task._replace(point=event["point"], name=event["name"])
             case "end":
                 trial = self.trials[event["number"]]
                 trial.state, trial.cause, trial.node = event["state"], event["cause"], event["node"]
                 trial.seconds += event["seconds"]
+                self.answered += event.get("answered", 0)
             case "latency":
                 self.latencies[event["student_key"]] = event["metrics"]
             case "choice":
@@ -129,6 +162,8 @@ class Search:
                 self.ended = True
             case "continued":
                 self.job, self.ended = event["job"], False
+                self.idle += event["time"] - before
+                self.passes += event["passes"]
 
 
 class Ledger:
@@ -147,13 +182,16 @@ class Ledger:
     def __exit__(self, *_: object) -> None:
         self._log.close()
 
-    def begin(self, name: str, job: Mapping[str, Any], fingerprint: str, teacher: Mapping[str, float]) -> None:
-        """Start a search; or go on with it, under settings that may differ where the fingerprint does not look."""
+    def begin(self, name: str, job: Mapping[str, Any], fingerprint: str, teacher: Mapping[str, float], passes: int = 0) -> None:
+        """Start a search; or go on with it, under settings that may differ where the fingerprint does not look.
+
+        passes: times that this driver had the teacher run over the corpus.
+        """
         if self.search is None:
-            self._write("search", name=name, job=dict(job), fingerprint=fingerprint, teacher=dict(teacher))
+            self._write("search", name=name, job=dict(job), fingerprint=fingerprint, teacher=dict(teacher), passes=passes)
         else:
             assert self.search.fingerprint == fingerprint, "the caller compares them"
-            self._write("continued", job=dict(job))
+            self._write("continued", job=dict(job), passes=passes)
 
     def trial(self, task: Task) -> int:
         """Record a training that will be run. Returns its number: they count from 0."""
@@ -175,8 +213,13 @@ class Ledger:
         self._write("point", number=number, step=step, metrics=dict(metrics))
         return True
 
-    def end(self, number: int, state: State, *, cause: str = "", node: str = "", seconds: float = 0.0) -> None:
-        self._write("end", number=number, state=state, cause=cause, node=node, seconds=seconds)
+    def end(self, number: int, state: State, *, cause: str = "", node: str = "", seconds: float = 0.0, answered: int = 0) -> None:
+        """answered: rows that a teacher was asked during the training."""
+        self._write("end", number=number, state=state, cause=cause, node=node, seconds=seconds, answered=answered)
+
+    def exploit(self, number: int, source: int, step: int, point: Mapping[str, Any], name: str) -> None:
+        """A trial goes on from the checkpoint that another one made at a step, with these knobs and under this name."""
+        self._write("exploit", number=number, source=source, step=step, point=dict(point), name=name)
 
     def latency(self, student_key: str, metrics: Mapping[str, float]) -> None:
         self._write("latency", student_key=student_key, metrics=dict(metrics))
@@ -220,4 +263,4 @@ def read_search(path: Path) -> Search:
 
 def _first(event: Event) -> Search:
     content = {name: event[name] for name in ("name", "job", "fingerprint", "teacher")}
-    return Search(**content, started=event["time"], updated=event["time"])
+    return Search(**content, started=event["time"], updated=event["time"], passes=event.get("passes", 0))

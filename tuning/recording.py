@@ -38,10 +38,16 @@ class Recorder:
             "distillery.state": "running",
         }
         self._journal.run(key, name=task.name, parent=self._parent, tags=tags)
-        self._journal.params(
-            key, {"student": task.student, "role": task.role, "seed": task.seed, "rows": task.rows, **flat_point(task.point)}
-        )
+        point = trial.exploits[0].point if trial.exploits else task.point  # a parameter is written once
+        self._journal.params(key, {"student": task.student, "role": task.role, "seed": task.seed, "rows": task.rows, **flat_point(point)})
         self._journal.metrics(key, task.cost, 0)
+
+    def exploited(self, trial: Trial) -> None:
+        """Knobs that change while a student is trained are metrics: `knob/PATH`, from the first change on."""
+        key, (source, step, before) = self.key(trial.number), trial.exploits[-1]
+        self._journal.run(key, name=trial.task.name, parent=self._parent, tags={"distillery.source": f"trial {source} at step {step}"})
+        for at, point in ((step, before), (step + 1, trial.task.point)):
+            self._journal.metrics(key, {f"knob/{path}": value for path, value in flat_point(point).items() if isinstance(value, float)}, at)
 
     def point(self, trial: Trial, step: int, metrics: Mapping[str, float]) -> None:
         self._journal.metrics(self.key(trial.number), metrics, step)

@@ -263,10 +263,11 @@ def _reproduce(search: Search, links: Mapping[str, str], versions: Mapping[str, 
     if search.choice is not None:
         refits = sorted({trial.task.seed for trial in search.of_role("refit")})
         seeds += [f"refits {', '.join(map(str, refits))}", f"chosen {search.choice['seed']}"]
+    asked = f"{many(search.passes, 'pass', 'passes')} over train and validation, {search.answered:,} rows in trainings"
     started = datetime.fromtimestamp(search.started / 1000, UTC).strftime("%Y-%m-%d %H:%M UTC")
     facts = {
-        "fingerprint": search.fingerprint, "seeds": "; ".join(seeds), "started": started,
-        "took": duration((search.updated - search.started) / 1000) + ("" if search.ended else " so far"), **versions,
+        "fingerprint": search.fingerprint, "teacher asked": asked, "seeds": "; ".join(seeds), "started": started,
+        "took": duration(search.elapsed(search.updated)) + ("" if search.ended else " so far"), **versions,
     }  # fmt: skip
     pairs = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in facts.items())
     pairs += "".join(f"<dt>{escape(title)}</dt><dd>{_link(address)}</dd>" for title, address in links.items())

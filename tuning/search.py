@@ -54,10 +54,11 @@ def run(
     concurrent: int,
     context: dict[str, Any],
     look: Callable[[], None],
+    trial: Callable[[dict[str, Any]], None] = run_trial,
 ) -> None:
     """Run the director's work to its end; `look` is called from time to time from this thread. Raises what ended the search early.
 
-    context: what every trial gets besides its own work.
+    context: what every trial gets besides its own work. trial: what runs one, in an importable module.
     """
     for name, value in {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -72,9 +73,10 @@ def run(
     storage, name, config = Storage(cluster.storage), f"search-{uuid.uuid4().hex[:12]}", director.config
     link = Link(director, context)
     tuner = tune.Tuner(
-        tune.with_resources(run_trial, _resources(config)),
+        tune.with_resources(trial, _resources(config)),
         tune_config=tune.TuneConfig(
-            search_alg=Asking(link), scheduler=scheduler, num_samples=-1, max_concurrent_trials=concurrent,
+            search_alg=Asking(link), scheduler=scheduler, num_samples=-1,
+            max_concurrent_trials=config.trials if config.scheduler.type == "pbt" else concurrent,  # a population is there as a whole
             reuse_actors=config.workers_per_trial == 1, trial_dirname_creator=lambda trial: str(trial.trial_id),
         ),
         run_config=tune.RunConfig(

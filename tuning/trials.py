@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import queue
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -44,11 +45,13 @@ def run_trial(config: dict[str, Any]) -> None:
             reporter.finish("finished", measured=measure(config["work"]))
             return
         if config["work"]["workers"] == 1:
-            session = TrialSession(reporter)
-            fit.train(FitConfig.model_validate(config["work"]["fit"]), session, config["work"]["made_from"])
+            settings = FitConfig.model_validate(config["work"]["fit"])
+            if "adopt" in config["work"]:
+                fit.go_on_from(settings, **config["work"]["adopt"])
+            result = fit.train(settings, TrialSession(reporter), config["work"]["made_from"])
         else:
-            _train_on_workers(config["work"], reporter)
-        reporter.finish("finished", seconds=time.monotonic() - started)
+            result = _train_on_workers(config["work"], reporter)
+        reporter.finish("finished", seconds=time.monotonic() - started, answered=int(result.get("teacher_rows", 0)))
     except FAILURES as error:
         if isinstance(error, ray.exceptions.RayError):  # the cluster's fault, not the trial's: Tune tries again
             raise
@@ -69,6 +72,7 @@ class Reporter:
     def __init__(self, work: Mapping[str, Any]) -> None:
         self._quality, self._sign = work["quality"], 1.0 if work["maximise"] else -1.0
         self._teacher_accuracy = work["teacher_accuracy"]
+        self._population = work["fit"]["save_rungs"]
         self._points: list[tuple[int, dict[str, float]]] = []
         self._rows, self._score = 0, 0.0
         self._last = time.monotonic()
@@ -89,7 +93,13 @@ class Reporter:
 
     def _report(self, **more: Any) -> None:
         points, self._points, self._last = self._points, [], time.monotonic()
-        ray.tune.report({"rows": self._rows, "quality": self._score, "points": points, "node": socket.gethostname(), **more})
+        said = {"rows": self._rows, "quality": self._score, "points": points, "node": socket.gethostname(), **more}
+        if not (self._population and more["scored"]):
+            ray.tune.report(said)
+            return
+        # A population exchanges only what has a checkpoint in Tune. Ours lies in the storage, so an empty one stands for it.
+        with tempfile.TemporaryDirectory() as folder:
+            ray.tune.report(said, checkpoint=ray.tune.Checkpoint.from_directory(folder))
 
 
 class TrialSession(LocalSession):
@@ -103,13 +113,13 @@ class TrialSession(LocalSession):
         self._reporter.point(metrics, step)
 
 
-def _train_on_workers(work: Mapping[str, Any], reporter: Reporter) -> None:
+def _train_on_workers(work: Mapping[str, Any], reporter: Reporter) -> dict[str, float]:
     """Train below this trial with Ray Train. Points arrive in a thread of the mailbox and are handed to Tune from this one.
 
     If Tune stops the trial it ends this process, and with it goes what it started.
     """
     points: queue.Queue[tuple[dict[str, float], int] | None] = queue.Queue()
-    outcome: Future[Any] = Future()
+    outcome: Future[dict[str, float]] = Future()
 
     def record(_: str, metrics: Mapping[str, float], step: int) -> None:
         points.put((dict(metrics), step))
@@ -127,7 +137,7 @@ def _train_on_workers(work: Mapping[str, Any], reporter: Reporter) -> None:
     threading.Thread(target=run, name="trainer", daemon=True).start()
     while (point := points.get()) is not None:
         reporter.point(*point)
-    outcome.result()
+    return outcome.result()
 
 
 def measure(work: Mapping[str, Any]) -> dict[str, float]:

@@ -97,6 +97,7 @@ def leaderboard_json(search: Search, decision: Decision) -> dict[str, Any]:
         "name": search.name, "fingerprint": search.fingerprint, "started": search.started, "updated": search.updated, "ended": search.ended,
         "objectives": search.config.objectives, "keep": search.config.keep, "teacher": search.teacher, "counts": counts(search),
         "front": decision.front, "knee": decision.knee, "feasible": decision.feasible, "nearest": decision.nearest,
+        "teacher_passes": search.passes, "teacher_rows_in_trainings": search.answered,
         "finalists": decision.finalists, "hypervolume": decision.hypervolume, "why": decision.why, "choice": search.choice,
         "trials": [
             {
@@ -155,7 +156,7 @@ def _best(search: Search, decision: Decision) -> list[str]:
 
 def _pace(search: Search, now_ms: int) -> list[str]:
     silent = 0 if search.ended else now_ms - search.updated
-    seconds = ((now_ms if 0 < silent < SILENT_MS else search.updated) - search.started) / 1000
+    seconds = search.elapsed(now_ms if 0 < silent < SILENT_MS else search.updated)
     rows = sum(trial.rows for trial in search.trials)
     found = [f"{rows / seconds:,.0f} rows/s"] if rows and seconds > 0 else []
     found += [duration(seconds)]
@@ -251,6 +252,11 @@ def compare_json(search: Search, numbers: Sequence[int]) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------------------------------------- summary
+
+
+def teacher_passes(search: Search) -> str:
+    """How often the whole search asked the teacher: once at most."""
+    return f"Teacher forward passes over train and validation: {search.passes}; rows asked of it in trainings: {search.answered:,}."
 
 
 def summary(search: Search, decision: Decision) -> list[str]:

@@ -65,8 +65,8 @@ def duration(seconds: float) -> str:
     )
 
 
-def many(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
+def many(count: int, noun: str, nouns: str = "") -> str:
+    return f"{count:,} {noun if count == 1 else nouns or f'{noun}s'}"
 
 
 def spread(metric: str, found: Mapping[str, Any]) -> str:

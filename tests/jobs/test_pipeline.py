@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 import urllib.request
-from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 from mlflow import MlflowClient
@@ -22,88 +16,15 @@ from safetensors.torch import load_file, save_file
 
 from distillation import store
 from distillation.storage import Storage
-from jobs.config import load
-from jobs.plan import Plan, make_plan
-from tests.tiny import LABELS, model_folder, texts
+from tests.jobs.place import JOB, furnished, killed
+from tests.tiny import LABELS, model_folder
 
-ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
-
-JOB = {
-    "name": "tiny",
-    "task": {"type": "text_classification", "max_length": 32},
-    "corpus": {
-        "type": "files", "train": ["labelled.csv", "unlabelled.jsonl"], "validation": "validation.csv", "test": "test.jsonl",
-        "part_rows": 64,
-    },
-    "teacher": {
-        "model": "./model",
-        "training": {"epochs": 8, "batch_tokens": 512, "learning_rate": 3e-3, "log_every": 1},
-        "targets": {"features": {"layers": [1], "pooled": True}},
-    },
-    "students": {"cut": {"type": "layers", "layers": [0, 3]}, "probe": {"type": "probe"}},
-    "losses": {"hard": {"type": "cross_entropy", "weight": 0.3}, "soft": {"type": "forward_kl", "weight": 0.7, "temperature": 2.0}},
-    "training": {
-        "epochs": 2, "batch_tokens": 256, "learning_rate": 3e-3, "log_every": 1, "evaluate_every": 10, "checkpoint_every": 10,
-        "precision": "fp32",
-    },
-    "evaluation": {"repeats": 10, "threads": 1},
-    "cluster": {"cpus_per_worker": 1, "storage": "storage"},
-}  # fmt: skip
-
-
-@dataclass
-class Place:
-    """A user's folder, from which jobs are run."""
-
-    folder: Path
-
-    @property
-    def storage(self):
-        return Storage(str(self.folder / "storage"))
-
-    def environment(self, **changes):
-        # As on a user's machine: Ray is not told how to authenticate.
-        kept = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
-        return {**kept, "HOME": str(self.folder / "home"), "PYTHONPATH": str(ROOT), "COLUMNS": "120", **changes}
-
-    def start(self, *arguments, **changes):
-        command = [sys.executable, "-m", "jobs", *arguments]
-        # A session of its own, so that Ctrl-C can be sent to all of it as a terminal does.
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-        return subprocess.Popen(command, cwd=self.folder, env=self.environment(**changes), **pipes)
-
-    def run(self, *arguments, **changes):
-        """Output and seconds of a command that must succeed."""
-        started = time.monotonic()
-        process = self.start(*arguments, **changes)
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output
-        assert "Traceback" not in output
-        return output, time.monotonic() - started
-
-    def plan(self, *overrides) -> Plan:
-        before = Path.cwd()
-        os.chdir(self.folder)
-        try:
-            return make_plan(load("job.yaml", overrides))
-        finally:
-            os.chdir(before)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("user")
-    (folder / "home").mkdir()
-    model_folder(folder / "model", labels=("x", "y"))
-    rows = texts(460)
-    for name, some in {"labelled.csv": rows[:200], "validation.csv": rows[320:370]}.items():
-        with (folder / name).open("w", newline="") as file:
-            csv.writer(file).writerows([("text", "label"), *some])
-    for name, some in {"unlabelled.jsonl": [(text, None) for text, _ in rows[200:320]], "test.jsonl": rows[370:]}.items():
-        (folder / name).write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in some))
-    (folder / "job.yaml").write_text(yaml.safe_dump(JOB))
-    return Place(folder)
+    return furnished(tmp_path_factory.mktemp("user"))
 
 
 @pytest.fixture(scope="module")
@@ -222,19 +143,6 @@ def test_again_finds_everything(place, first):
     assert (again.points(), len(again.parents) + len(again.children)) == (points, runs)
     assert again.parent.info.status == "FINISHED"
     assert re.findall(r"^.*±.*$", output, re.M) == re.findall(r"^.*±.*$", first[0], re.M)
-
-
-def killed(process):
-    """SIGKILL for a command, then for all that it started, as when a machine is lost."""
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    for one in family:
-        try:
-            one.kill()
-        except psutil.NoSuchProcess:
-            continue
-    psutil.wait_procs(family, 20)
 
 
 def started_until(place, file, *arguments):

@@ -78,12 +78,16 @@ def read(path: Path, offset: int = 0) -> Iterator[tuple[Event, int]]:
     """
     with path.open("rb") as file:
         file.seek(offset)
+        before: int | None = None
         for line in file:
             if not line.endswith(b"\n"):
                 return
             try:
                 event = json.loads(line)
-                event["kind"], event["seq"], event["time"]
+                event["kind"], event["time"]
+                if before is not None and event["seq"] != before + 1:
+                    raise ValueError("a line is missing")
+                before = int(event["seq"])
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
                     "DST-3501", "tracking journal was altered", where=f"{path} at byte {offset}", found=repr(line[:60]),

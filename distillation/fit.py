@@ -27,7 +27,7 @@ from distillation.tasks import build_task
 def train(config: FitConfig, session: Session, made_from: Mapping[str, Any]) -> dict[str, float]:
     """Train, commit the model under `config.output` and return the last metrics.
 
-    A run that is finished is found and not repeated; one that was stopped goes on from its newest checkpoint. Without
+    A run that is finished is found and not repeated, its curve is reported again; one that was stopped goes on from its newest checkpoint. Without
     `config.keep_model` a model is neither looked for nor committed, and the checkpoints stay: who records the numbers calls
     `discard_checkpoints` then. Raises what `open_rows`, `build_student` and the loop raise.
     """
@@ -85,6 +85,8 @@ def _finished(storage: Storage, config: FitConfig, session: Session) -> dict[str
     if not session.all_reduce(finished).item():  # rank 0 decides for all: another job may be finishing this very run
         return None
     manifest, _ = store.open_artifact(storage, config.output, "model")
+    for step, metrics in manifest.facts["history"]:
+        session.report(metrics, step)
     return dict(manifest.facts["result"])
 
 

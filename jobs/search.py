@@ -14,6 +14,7 @@ from rich.live import Live
 from cluster.delivery import Tracker
 from cluster.links import chart_url, compare_url, environment_tags, experiment_url
 from cluster.links import recorded as recorded_runs
+from cluster.session import cpus_per_worker
 from cluster.tracking import Target
 from distillation import export as exporting
 from distillation import fit, models, store
@@ -109,24 +110,31 @@ def _run(context: Context, tracker: Tracker, ledger: Ledger, fingerprint: str) -
 
 def _train(context: Context, director: Director, trainings: Trainings, concurrent: int) -> None:
     """Everything that is trained, with a board to look at meanwhile."""
-    plan, job = context.plan, context.plan.job
+    job = context.plan.job
     assert job.search is not None
     scheduler = build_scheduler(job.search, trainings.rows, rebuild=director.exploit)
     scheduler.replay(director.search)
-    shared = {
-        "workers": job.search.workers_per_trial, "cpus": job.search.cpus_per_worker, "quality": job.search.quality,
-        "maximise": QUALITY[job.search.quality] == "max", "teacher_accuracy": trainings.teacher.get("validation/accuracy", 0.0),
-        "evaluation": job.evaluation.model_dump(mode="json") | {"threads": job.evaluation.threads or job.search.cpus_per_worker},
-        "cluster": job.cluster.model_copy(
-            update={
-                "workers": job.search.workers_per_trial, "cpus_per_worker": job.search.cpus_per_worker,
-                "gpus_per_worker": job.search.gpus_per_worker, "storage": plan.storage.uri,
-            }
-        ).model_dump(mode="json"),
-    }  # fmt: skip
     with context.progress.stage(f"search: {job.search.trials} trials, {concurrent} at once"), ExitStack() as stack:
         look = _looker(context, director, stack)
-        tune.run(director, scheduler, job.cluster, concurrent, shared, look)
+        tune.run(director, scheduler, job.cluster, concurrent, _shared(context, trainings), look)
+
+
+def _shared(context: Context, trainings: Trainings) -> dict[str, Any]:
+    """What every trial is given besides its own work."""
+    job, search = context.plan.job, context.plan.job.search
+    assert search is not None
+    size = {"workers": search.workers_per_trial, "cpus_per_worker": search.cpus_per_worker, "gpus_per_worker": search.gpus_per_worker}
+    return {
+        "cluster": job.cluster.model_copy(update={**size, "storage": context.plan.storage.uri}).model_dump(mode="json"),
+        "quality": search.quality, "maximise": QUALITY[search.quality] == "max",
+        "teacher_accuracy": trainings.teacher.get("validation/accuracy", 0.0),
+        "evaluation": job.evaluation.model_dump(mode="json") | {"threads": _threads(job)},
+    }  # fmt: skip
+
+
+def _threads(job: JobConfig) -> int:
+    """For latencies: the same in the search, in the evaluation of the finalists and in `distill run`."""
+    return job.evaluation.threads or cpus_per_worker(job.cluster)
 
 
 def _looker(context: Context, director: Director, stack: ExitStack) -> Callable[[], None]:
@@ -211,7 +219,7 @@ def _publish(
     choice, folder, journal = search.choice, context.folder, context.journal
     assert choice is not None
     models.quiet()
-    best = trainings.best(search.trials[choice["trial"]], choice["seed"])
+    best = trainings.best(search.trials[choice["trial"]], choice["seed"], _threads(context.plan.job))
     refit = search.trials[choice["refit"]]
     places = {"champion": folder / "champion", "best job": folder / "best.yaml", "report": folder / "report.html"}
     with context.progress.stage("export and report"):

@@ -29,7 +29,7 @@ def read_settings(text: str, overrides: Sequence[str], source: str) -> dict[Any,
     except (YAMLError, OmegaConfBaseException, ValueError, RecursionError) as error:
         raise _unreadable(source, "YAML", " ".join(str(error).split())) from error
     for override in overrides:
-        if not re.match(r"[A-Za-z_][\w-]*(\.[\w-]+)*=", override):
+        if not re.match(r"[A-Za-z_][\w-]*(\.[\w/-]+)*=", override):
             raise ConfigError(
                 "DST-2004", "override cannot be understood", where=repr(override), expected="path.to.setting=value", found=override
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import cache, cached_property
 from typing import Any
@@ -23,6 +24,9 @@ from tuning.director import Proposal
 from tuning.ledger import Role, Task, Trial
 from tuning.schedulers import rungs
 from tuning.space import Point, Space, trial_name
+
+CURVE_POINTS = 50
+"""Of the loss that a trial reports: thousands of trials are kept in memory and in MLflow."""
 
 SCORED_ROWS = 4096
 """Rows whose stored answers are scored at once."""
@@ -57,12 +61,12 @@ class Trainings:
         found = []
         for seed in self.seeds(trial):
             plan = self._plan.vary(self.job(trial.task.point, seed))
-            total, rows = self._total(plan, share=1.0)
+            total, _ = self._total(plan, share=1.0)
             for run in plan.runs:
                 role: Role = "refit" if run.role == "student" else "refit-baseline"
                 name = f"{trial.task.name}{'' if role == 'refit' else '-baseline'}-seed{seed}"
                 config = plan.fit(run, total).model_copy(update={"name": name})
-                task = self._task(role, config, run, dict(trial.task.point), rows, trial.number, seed)
+                task = self._task(role, config, run, dict(trial.task.point), trial.number, seed)
                 found.append(Proposal(task, {"fit": config.model_dump(mode="json"), "made_from": dict(run.stage.made_from)}))
         return found
 
@@ -82,10 +86,20 @@ class Trainings:
         first = self.job(trial.task.point).training.seed
         return [first + i for i in range(self._config.seeds)]
 
-    def best(self, trial: Trial, seed: int) -> JobConfig:
-        """The chosen student's job, with the student by name: what `distill run` reproduces it from."""
-        job = self.job(trial.task.point, seed)
-        return job.model_copy(update={"student": None, "students": {trial.task.name.lower(): job.student}})
+    def best(self, trial: Trial, seed: int, threads: int) -> JobConfig:
+        """The chosen student's job, with the student by name and workers as trials had them: what `distill run` reproduces it from.
+
+        threads: of its evaluation.
+        """
+        job, search = self.job(trial.task.point, seed), self._config
+        workers = {
+            "workers": search.workers_per_trial, "cpus_per_worker": search.cpus_per_worker, "gpus_per_worker": search.gpus_per_worker
+        }  # fmt: skip
+        changes = {
+            "student": None, "students": {trial.task.name.lower(): job.student}, "cluster": job.cluster.model_copy(update=workers),
+            "evaluation": job.evaluation.model_copy(update={"threads": threads}),
+        }  # fmt: skip
+        return job.model_copy(update=changes)
 
     @cached_property
     def rows(self) -> int:
@@ -108,7 +122,7 @@ class Trainings:
 
     def _short(self, role: Role, plan: Plan, run: Run, point: Point, of: int | None) -> Proposal:
         """A training of the search's budget that leaves numbers and no model."""
-        steps, rows = self._total(plan, self._config.budget)
+        steps, _ = self._total(plan, self._config.budget)
         config = plan.fit(run, steps)
         made_from = dict(run.stage.made_from)
         if self._config.budget < 1:
@@ -117,17 +131,21 @@ class Trainings:
         fingerprint = store.fingerprint(made_from) if self._config.budget < 1 else run.stage.fingerprint
         name = trial_name(self._label(run.student), point, self._space.knobs) + ("-baseline" if role == "baseline" else "")
         config = config.model_copy(update={"name": name, "fingerprint": fingerprint, "keep_model": False})
-        task = self._task(role, config, run, point, rows, of, config.training.seed)
-        changes: dict[str, Any] = {"output": task.output, "rungs": rungs(self._config, self.rows) if role == "trial" else ()}
-        if role == "trial" and self._config.scheduler.type == "pbt":
-            # Only there, so that what another one goes on from is still kept when it does.
-            changes |= {"save_rungs": True, "training": config.training.model_copy(update={"checkpoint_every": 0})}
+        task = self._task(role, config, run, point, of, config.training.seed)
+        population = role == "trial" and self._config.scheduler.type == "pbt"
+        often: dict[str, Any] = {"log_every": max(config.training.log_every, math.ceil(steps / CURVE_POINTS))}
+        if population:  # only at rungs, so that what another one goes on from is still kept when it does
+            often["checkpoint_every"] = 0
+        changes = {
+            "output": task.output, "rungs": rungs(self._config, self.rows) if role == "trial" else (), "save_rungs": population,
+            "training": config.training.model_copy(update=often),
+        }  # fmt: skip
         config = config.model_copy(update=changes)
         return Proposal(task, {"fit": config.model_dump(mode="json"), "made_from": made_from})
 
-    def _task(self, role: Role, config: FitConfig, run: Run, point: Point, rows: int, of: int | None, seed: int) -> Task:
+    def _task(self, role: Role, config: FitConfig, run: Run, point: Point, of: int | None, seed: int) -> Task:
         key = store.fingerprint(run.student.model_dump(mode="json"))
-        cost = self._sizes(run.student)
+        cost, rows = self._sizes(run.student), self._steps(_extent(config.training), _only_labels(config.losses), 1.0)[1]
         return Task(role, config.name, point, self._label(run.student), key, config.fingerprint, cost, rows, of, seed)
 
     def _label(self, student: Any) -> str:
@@ -138,9 +156,19 @@ class Trainings:
         return {f"cost/{name}": value for name, value in found.items()}
 
     def _total(self, plan: Plan, share: float) -> tuple[int, int]:
-        only_labels = all("labels" in loss.needs for loss in plan.job.active_losses.values())
-        return self._steps(plan.job.training, only_labels, share)
+        """Steps of a student's training, up to a share of its rows, and how many rows these are."""
+        return self._steps(_extent(plan.job.training), _only_labels(plan.job.active_losses), share)
 
     def _count_steps(self, training: TrainingConfig, only_labels: bool, share: float) -> tuple[int, int]:
         losses = TEACHER_LOSSES if only_labels else self._plan.job.active_losses
         return loop.steps_for(self._train.lengths, self._train.labelled, losses, training, share)
+
+
+def _only_labels(losses: Mapping[str, Any]) -> bool:
+    """Whether only labelled rows are trained on: a baseline takes as many steps as its student, but may see other rows."""
+    return all("labels" in loss.needs for loss in losses.values())
+
+
+def _extent(training: TrainingConfig) -> TrainingConfig:
+    """What decides which rows a training sees; trials that differ elsewhere have it in common."""
+    return TrainingConfig(epochs=training.epochs, steps=training.steps, batch_tokens=training.batch_tokens, seed=training.seed)

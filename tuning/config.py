@@ -6,7 +6,7 @@ import math
 import re
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from distillation.config import Config
 
@@ -90,6 +90,18 @@ def _kind(value: Any) -> str | None:
         return next(kind for kind in KINDS if kind in type(value).model_fields)
     named = [kind for kind in KINDS if isinstance(value, dict) and kind in value]
     return named[0] if len(named) == 1 else None
+
+
+def _flattened(space: dict[Any, Any], prefix: str = "") -> dict[str, Any]:
+    """Knobs by their whole path; of two that are written for one, the later changes the earlier: that is what an override comes as."""
+    found: dict[str, Any] = {}
+    for key, value in space.items():
+        path = f"{prefix}{key}"
+        nested = isinstance(value, dict) and _kind(value) is None and value and all(isinstance(inner, dict) for inner in value.values())
+        for name, knob in _flattened(value, f"{path}.").items() if nested else [(path, value)]:
+            before = found.get(name)
+            found[name] = {**before, **knob} if before and _kind(before) and _kind(before) == _kind(knob) else knob
+    return found
 
 
 KnobConfig = Annotated[
@@ -240,7 +252,7 @@ class SearchConfig(Config):
     """A search over students, losses and training, on what the target store holds."""
 
     space: dict[str, KnobConfig] = Field(min_length=1)
-    """Knobs by the dotted path of the setting they turn."""
+    """Knobs by the dotted path of the setting they turn, or nested as the settings are."""
     objectives: dict[str, Literal["max", "min"]] = Field({"validation/accuracy": "max", "cost/parameters": "min"}, min_length=1)
     """What the front is made of; the first `validation/` one decides which trials are stopped."""
     keep: dict[str, float | str] = Field({})
@@ -269,6 +281,11 @@ class SearchConfig(Config):
     """Sizes that are trained again in full before one is chosen."""
     seeds: int = Field(3, ge=1)
     """Trainings of each finalist and of its baseline."""
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _by_path(cls, space: Any) -> Any:
+        return _flattened(space) if isinstance(space, dict) else space
 
     @property
     def constraints(self) -> list[Constraint]:

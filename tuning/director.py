@@ -82,6 +82,7 @@ class Director:
         self.lock = threading.RLock()
         self.failure: DistilleryError | None = None
         """Why the search ended before its time."""
+        self.closed = False
         self.ran = 0
         """Trainings that this process has started."""
         self._buckets = Buckets(self.config.scheduler.bucket if hasattr(self.config.scheduler, "bucket") else math.inf)
@@ -89,7 +90,7 @@ class Director:
         self._draws: dict[int, int] = {}
         self._works: dict[int, Mapping[str, Any]] = {}
         self._phase: Literal["trials", "confirm", "done"] = "trials"
-        self._closed = False
+        self._exhausted = False
         self._population = self.config.scheduler.type == "pbt"
         self._deadline = time.monotonic() + self.config.time_budget_s if self.config.time_budget_s else None
         self._replay()
@@ -98,7 +99,7 @@ class Director:
 
     def next(self) -> Job | Literal["wait", "done"]:
         with self.lock:
-            while not self._closed and self.failure is None and self._phase != "done":
+            while not self.closed and self.failure is None and self._phase != "done":
                 if self._queue:
                     one = self._queue.popleft()
                     return self._start(one if isinstance(one, int) else self._record(one))
@@ -116,7 +117,7 @@ class Director:
                     if self._population:
                         self._discard_all()
                     self._queue.extend(self._confirmations())
-            return "wait" if self._running and not self._closed else "done"
+            return "wait" if self._running and not self.closed else "done"
 
     def decision(self) -> Decision:
         return decide(self.search)
@@ -124,14 +125,14 @@ class Director:
     def close(self) -> None:
         """Take no more notice of anything: what dies from now on was not the trials' fault."""
         with self.lock:
-            self._closed = True
+            self.closed = True
 
     # ------------------------------------------------------------------------------------------------------------- told
 
     def result(self, number: int | None, result: Mapping[str, Any]) -> None:
         """What a trial hands over: points, and in the end its state."""
         with self.lock:
-            if self._closed or number not in self._running:
+            if self.closed or number not in self._running:
                 return
             if number is None:
                 if result["state"] == "finished":
@@ -143,7 +144,7 @@ class Director:
             trial.node = result["node"]
             for step, metrics in result["points"]:
                 finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
-                if self._ledger.point(number, step, finite):
+                if self._ledger.point(number, step, finite) or len(finite) < len(metrics):
                     self._observer.point(trial, step, metrics)
             if result["state"] != "running":
                 self._end(
@@ -153,11 +154,11 @@ class Director:
     def gone(self, number: int | None, error: str | None = None) -> None:
         """A trial of Tune is over. One that has not said how it ended was stopped by the scheduler, or its process died."""
         with self.lock:
-            if self._closed:
+            if self.closed:
                 return
             running = self._running.pop(number, None)
             if number is None:
-                if error is not None:
+                if error is not None and running is not None and running[0].student_key not in self.search.latencies:
                     self._cannot_measure(error)
                 return
             trial = self.search.trials[number]
@@ -171,6 +172,8 @@ class Director:
         Raises ConfigError or InputError where the point is no valid job, or one that sees other rows than the source did.
         """
         with self.lock:
+            if self.closed:
+                return config
             trial, source = self.search.trials[config["number"]], self.search.trials[config["source"]]
             proposal = self._proposer.trial(config["point"])
             if proposal.task.rows != source.task.rows:
@@ -201,13 +204,17 @@ class Director:
             if trial.state != "refused":
                 self._buckets.of(trial.task.cost["cost/flops"])
             if trial.state == "running" or (trial.state == "failed" and self.config.retry_failed):
-                self._works[trial.number] = self._again(trial)
-                self._queue.append(trial.number)
+                if (work := self._again(trial)) is not None:
+                    self._works[trial.number] = work
+                    self._queue.append(trial.number)
+                elif trial.state == "running":
+                    self._ledger.end(trial.number, "stopped", cause="not asked for any more")
+                    self._observer.ended(trial)
             if trial.task.role == "trial":
                 self._tell(trial)
 
-    def _again(self, trial: Trial) -> Mapping[str, Any]:
-        """The work of a trial that an earlier process left unfinished, or that failed."""
+    def _again(self, trial: Trial) -> Mapping[str, Any] | None:
+        """The work of a trial that an earlier process left unfinished, or that failed; None for a seed that is not asked for any more."""
         task = trial.task
         if trial.exploits:
             return self._going_on(trial, self._proposer.trial(task.point))
@@ -217,12 +224,12 @@ class Director:
             of = self.search.trials[task.of or 0]
             found = self._proposer.baseline(of) if task.role == "baseline" else None
             proposals = [found] if found else list(self._proposer.refits(of))
-        return next(p.work for p in proposals if p.task.fingerprint == task.fingerprint and p.task.role == task.role)
+        return next((p.work for p in proposals if (p.task.fingerprint, p.task.role) == (task.fingerprint, task.role)), None)
 
     def _wants_trials(self) -> bool:
         run = [trial for trial in self.search.of_role("trial") if trial.state != "refused"]
         in_time = self._deadline is None or time.monotonic() < self._deadline
-        return len(run) < self.config.trials and in_time
+        return len(run) < self.config.trials and in_time and not self._exhausted
 
     def _draw(self) -> int | None:
         """Number of a new trial; None where the space has no more."""
@@ -241,6 +248,7 @@ class Director:
                 self._refuse(draw, point, f"the same job as trial {twin}")
                 continue
             return self._record(proposal, draw)
+        self._exhausted = True
         if not known:
             refused = self.search.of_role("trial")
             self.failure = ConfigError(
@@ -250,8 +258,7 @@ class Director:
         return None
 
     def _refuse(self, draw: int, point: Mapping[str, Any], cause: str) -> None:
-        number = self._ledger.trial(Task("trial", "refused", point, "", "", "", {}, 0))
-        self._ledger.end(number, "refused", cause=cause)
+        number = self._ledger.trial(Task("trial", "refused", point, "", "", "", {}, 0), refused=cause)
         self._draws[number] = draw
         self._tell(self.search.trials[number])
         self._observer.ended(self.search.trials[number])
@@ -287,9 +294,9 @@ class Director:
                 return job
         return None
 
-    def _confirmations(self) -> list[Proposal]:
-        """Baselines for the front and refits of the finalists, those that the ledger does not have."""
-        decision, have = self.decision(), {(t.task.role, t.task.fingerprint) for t in self.search.trials}
+    def _confirmations(self) -> list[int | Proposal]:
+        """Baselines for the front and refits of the finalists: those that the ledger does not have, and those that were given up."""
+        decision, have = self.decision(), {(t.task.role, t.task.fingerprint): t for t in self.search.trials}
         proposals: list[Proposal] = []
         best: dict[str, Trial] = {}
         for number in decision.front:
@@ -303,10 +310,14 @@ class Director:
                 proposals.append(proposal)
         for number in decision.finalists:
             proposals += self._proposer.refits(self.search.trials[number])
-        missing: dict[tuple[Role, str], Proposal] = {}
+        missing: dict[tuple[Role, str], int | Proposal] = {}
         for proposal in proposals:
-            if (key := (proposal.task.role, proposal.task.fingerprint)) not in have:
+            key = proposal.task.role, proposal.task.fingerprint
+            if (there := have.get(key)) is None:
                 missing.setdefault(key, proposal)
+            elif there.state == "stopped":
+                self._works[there.number] = proposal.work
+                missing[key] = there.number
         return list(missing.values())
 
     def _end(self, trial: Trial, state: State, *, cause: str = "", seconds: float = 0.0, answered: int = 0) -> None:

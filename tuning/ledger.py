@@ -5,13 +5,15 @@ Nothing of it is pickled. Everything else - what the searcher knows, which rungs
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cluster.logfile import Event, LogFile, read
-from distillation.errors import ConfigError
+from distillation.errors import ConfigError, InputError
 from tuning.config import SearchConfig
 
 Role = Literal["trial", "baseline", "refit", "refit-baseline"]
@@ -85,7 +87,7 @@ class Trial:
     """In order. The task's point and name are those since the last one; its fingerprint stays that of the first."""
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.curve.append((step, dict(metrics)))
+        self.curve.append((step, {sys.intern(name): value for name, value in metrics.items()}))  # thousands of trials have the same names
         self.metrics.update({name: value for name, value in metrics.items() if name.startswith("validation/")})
         self.rows = int(metrics.get("train/rows", self.rows))
 
@@ -139,6 +141,8 @@ class Search:
             case "trial":
                 task = Task(**{name: event[name] for name in Task._fields})
                 self.trials.append(Trial(event["number"], task, started=event["time"]))
+                if (cause := event.get("refused")) is not None:
+                    self.trials[-1].state, self.trials[-1].cause = "refused", cause
             case "start":
                 self.trials[event["number"]].state = "running"
             case "point":
@@ -173,8 +177,12 @@ class Ledger:
         self._log = LogFile(path)
         self.path = self._log.path
         self.search: Search | None = None
-        for event in self._log.replay():
-            self._remember(event)
+        try:
+            for event in self._log.replay():
+                self._remember(event)
+        except InputError:
+            self._log.close()
+            raise
 
     def __enter__(self) -> Ledger:
         return self
@@ -193,11 +201,12 @@ class Ledger:
             assert self.search.fingerprint == fingerprint, "the caller compares them"
             self._write("continued", job=dict(job), passes=passes)
 
-    def trial(self, task: Task) -> int:
-        """Record a training that will be run. Returns its number: they count from 0."""
+    def trial(self, task: Task, refused: str | None = None) -> int:
+        """Record a training that will be run, or with the reason one that is refused. Returns its number: they count from 0."""
         assert self.search is not None
         number = len(self.search.trials)
-        self._write("trial", number=number, **{**task._asdict(), "point": dict(task.point), "cost": dict(task.cost)})
+        content = {**task._asdict(), "point": dict(task.point), "cost": dict(task.cost)}
+        self._write("trial", number=number, **content, refused=refused)
         return number
 
     def start(self, number: int) -> None:
@@ -208,7 +217,8 @@ class Ledger:
         """Record a point of a curve, once: a restarted worker repeats steps. Returns whether it was new."""
         assert self.search is not None
         curve = self.search.trials[number].curve
-        if curve and (step < curve[-1][0] or (step == curve[-1][0] and not metrics.keys() - curve[-1][1].keys())):
+        known = {name for _, there in itertools.takewhile(lambda point: point[0] == step, reversed(curve)) for name in there}
+        if curve and (step < curve[-1][0] or (step == curve[-1][0] and metrics.keys() <= known)):
             return False
         self._write("point", number=number, step=step, metrics=dict(metrics))
         return True
@@ -237,10 +247,7 @@ class Ledger:
         self._remember(self._log.write(kind, **content))
 
     def _remember(self, event: Event) -> None:
-        if self.search is None:
-            self.search = _first(event)
-        else:
-            self.search.remember(event)
+        self.search = _after(self.search, event, self.path)
 
 
 def read_search(path: Path) -> Search:
@@ -248,10 +255,7 @@ def read_search(path: Path) -> Search:
     search: Search | None = None
     try:
         for event, _ in read(path):
-            if search is None:
-                search = _first(event)
-            else:
-                search.remember(event)
+            search = _after(search, event, path)
     except FileNotFoundError:
         pass
     if search is None:
@@ -261,6 +265,16 @@ def read_search(path: Path) -> Search:
     return search
 
 
-def _first(event: Event) -> Search:
-    content = {name: event[name] for name in ("name", "job", "fingerprint", "teacher")}
-    return Search(**content, started=event["time"], updated=event["time"], passes=event.get("passes", 0))
+def _after(search: Search | None, event: Event, path: Path) -> Search:
+    """The search with one more event, the first of which begins it. Raises InputError where it cannot follow what came before."""
+    try:
+        if search is None:
+            content = {name: event[name] for name in ("name", "job", "fingerprint", "teacher")}
+            return Search(**content, started=event["time"], updated=event["time"], passes=event.get("passes", 0))
+        search.remember(event)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise InputError(
+            "DST-3501", "tracking journal was altered", where=f"{path}, line {event['seq'] + 1}", found=f"{type(error).__name__}: {error}",
+            do="Move the file away and run again: finished work is found, recording starts anew",
+        ) from error  # fmt: skip
+    return search

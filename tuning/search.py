@@ -30,6 +30,8 @@ from tuning.director import Director, Job
 from tuning.trials import cause_of, run_trial
 
 REFRESH_SECONDS = 0.5
+STOP_SECONDS = 10.0
+"""For Tune to end its processes after an interruption, before Ray goes away under it."""
 
 
 def require_room(config: SearchConfig, cluster: ClusterConfig) -> int:
@@ -69,7 +71,7 @@ def run(
         "RAY_AIR_NEW_OUTPUT": "0",
     }.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # whole tracebacks of what the ledger has as a cause
     storage, name, config = Storage(cluster.storage), f"search-{uuid.uuid4().hex[:12]}", director.config
     link = Link(director, context)
     tuner = tune.Tuner(
@@ -101,6 +103,7 @@ def run(
             look()
     except BaseException:
         director.close()
+        thread.join(STOP_SECONDS)
         raise
     try:
         outcome.result()
@@ -165,11 +168,19 @@ class Asking(Searcher):
         raise AssertionError("a search is not restored from Tune's files")
 
 
+class Interrupted(Exception):
+    """Ends Tune's loop: nobody listens any more."""
+
+
 class Telling(tune.Callback):
     """Tune's way to say what came of a trial."""
 
     def __init__(self, link: Link) -> None:
         self._link = link
+
+    def on_step_begin(self, iteration: int, trials: list[Trial], **_: Any) -> None:
+        if self._link.director.closed:
+            raise Interrupted
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any) -> None:
         self._link.director.result(self._link.numbers[trial.trial_id], result)

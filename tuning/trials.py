@@ -37,18 +37,18 @@ FAILURES = (DistilleryError, RuntimeError, ValueError, TypeError, LookupError, O
 
 def run_trial(config: dict[str, Any]) -> None:
     """The function that Tune calls. config: number, role, bucket, and the `work` that `tuning.search` describes."""
-    torch.set_num_threads(config["work"]["cpus"])
+    torch.set_num_threads(config["work"]["cluster"]["cpus_per_worker"])
     started = time.monotonic()
     reporter = Reporter(config["work"])
     try:
         if config["role"] == "measure":
             reporter.finish("finished", measured=measure(config["work"]))
             return
-        if config["work"]["workers"] == 1:
+        if config["work"]["cluster"]["workers"] == 1:
             settings = FitConfig.model_validate(config["work"]["fit"])
             if "adopt" in config["work"]:
                 fit.go_on_from(settings, **config["work"]["adopt"])
-            result = fit.train(settings, TrialSession(reporter), config["work"]["made_from"])
+            result = fit.train(settings, TrialSession(reporter, _device(config["work"])), config["work"]["made_from"])
         else:
             result = _train_on_workers(config["work"], reporter)
         reporter.finish("finished", seconds=time.monotonic() - started, answered=int(result.get("teacher_rows", 0)))
@@ -105,8 +105,8 @@ class Reporter:
 class TrialSession(LocalSession):
     """The training loop's view of a trial of one worker."""
 
-    def __init__(self, reporter: Reporter) -> None:
-        super().__init__("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, reporter: Reporter, device: str) -> None:
+        super().__init__(device)
         self._reporter = reporter
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
@@ -140,6 +140,11 @@ def _train_on_workers(work: Mapping[str, Any], reporter: Reporter) -> dict[str, 
     return outcome.result()
 
 
+def _device(work: Mapping[str, Any]) -> str:
+    """A process without a GPU of its own may still see those of its node."""
+    return "cuda" if work["cluster"]["gpus_per_worker"] else "cpu"
+
+
 def measure(work: Mapping[str, Any]) -> dict[str, float]:
     """Latencies of a student that is not trained, over rows of the validation split; its weights do not matter to them."""
     config = FitConfig.model_validate(work["fit"])
@@ -148,7 +153,7 @@ def measure(work: Mapping[str, Any]) -> dict[str, float]:
     teacher = fit.model_folder(storage, config.teacher) if config.teacher else None
     module: Any = build_student(config.student, teacher, config.labels, report_layers=(), dropout=None, seed=0)
     model = (module.whole_model() if isinstance(module, Probe) else module.model).eval()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(_device(work))
     _, columns = open_columns(storage, config.corpus, "corpus", "validation")
     assert teacher is not None
     bf16 = models.use_bf16(settings["precision"], device)

@@ -75,7 +75,7 @@ def test_a_student_learns_and_a_finished_run_is_not_repeated(storage):
     assert hard["validation/accuracy"] > 0.6  # one in three by chance
     again = LocalSession()
     assert fit.train(settings(storage, "learns", **soft), again, {}) == result
-    assert again.history == []
+    assert again.history == history  # whoever asks has not seen it
 
 
 @pytest.mark.parametrize("stop", [1, 7, 12])
@@ -87,8 +87,7 @@ def test_stopped_in_mid_epoch_and_resumed_is_bitwise_the_same(storage, stop):
         trained(storage, f"cut-{stop}", first, training=plan)
     second = LocalSession()
     result, _, resumed = trained(storage, f"cut-{stop}", second, training=plan)
-    at = stop // 3 * 3  # a checkpoint is written after the report of its step; at 12 the process died before
-    at = at - 3 if stop % 3 == 0 else at
+    at = stop // 3 * 3  # a checkpoint is on its way before its step is reported
     assert result["resumed_at"] == at
     assert losses_of(first.history)[:at] == losses_of(whole)[:at]
     assert losses_of(second.history) == losses_of(whole)  # what came before the checkpoint is reported again: it may not have arrived
@@ -120,6 +119,52 @@ def test_a_damaged_checkpoint_is_passed_over_and_kept(storage, capsys):
     result, _, _ = trained(storage, "hurt", session, training=plan)
     assert result["resumed_at"] == 3
     assert "step-00000006 is passed over" in capsys.readouterr().out
+
+
+class Looking(LocalSession):
+    """Sees which checkpoints are there when a score is reported."""
+
+    def __init__(self, storage, folder):
+        super().__init__()
+        self._look, self.there = lambda: storage.list(folder), {}
+
+    def report(self, metrics, step):
+        super().report(metrics, step)
+        if "validation/accuracy" in metrics:
+            self.there[step] = self._look()
+
+
+def test_a_checkpoint_at_a_rung_is_committed_before_its_score_is_reported(storage):
+    session = Looking(storage, "trials/rung.checkpoints")
+    rows = {int(metrics["train/rows"]): step for step, metrics in trained(storage, "for-rungs")[1] if "train/rows" in metrics}
+    rungs = sorted(rows)[4], sorted(rows)[9]
+    fit.train(settings(storage, "rung", output="trials/rung", keep_model=False, rungs=rungs, save_rungs=True), session, {})
+    first, second = rows[rungs[0]], rows[rungs[1]]
+    assert session.there[first] == [f"step-{first:08d}"]
+    assert session.there[second] == [f"step-{first:08d}", f"step-{second:08d}"]
+
+
+def test_a_run_goes_on_from_the_checkpoint_of_another_once(storage):
+    """As in a population: the weights of the other one, its own losses and rate."""
+    rows = [int(metrics["train/rows"]) for _, metrics in trained(storage, "for-rows")[1] if "train/rows" in metrics]
+    kind = {"keep_model": False, "rungs": (rows[4], rows[9]), "save_rungs": True}
+    for name, rate in (("source", 3e-3), ("taker", 1e-4)):
+        with pytest.raises(Stopped):
+            fit.train(settings(storage, name, output=f"trials/{name}", training=faster(learning_rate=rate), **kind), StoppingSession(7), {})
+    other = load_file(storage.fetch("trials/source.checkpoints/step-00000005/weights.safetensors"))
+    taker = settings(storage, "taker", output="trials/taker", training=faster(learning_rate=1e-4), **kind)
+    fit.go_on_from(taker, "trials/source", 5)
+    mine = storage.fetch("trials/taker.checkpoints/step-00000005/weights.safetensors")
+    assert all(torch.equal(value, load_file(mine)[name]) for name, value in other.items())
+    session = StoppingSession(11)
+    with pytest.raises(Stopped):
+        fit.train(taker, session, {})
+    assert storage.list("trials/taker.checkpoints") == ["step-00000005", "step-00000010"]
+    assert session.history[-1][1]["train/learning_rate"] < 1e-4  # its own, not 3e-3
+    reached = storage.read("trials/taker.checkpoints/step-00000010/manifest.json")
+    fit.go_on_from(taker, "trials/source", 5)  # said again after a restart: this run is beyond it
+    assert storage.read("trials/taker.checkpoints/step-00000010/manifest.json") == reached
+    assert storage.list("trials/taker.checkpoints") == ["step-00000005", "step-00000010"]
 
 
 def test_checkpoints_of_another_run_are_not_taken(storage, capsys):

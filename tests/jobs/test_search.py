@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -13,10 +15,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
 import yaml
 from mlflow import MlflowClient
+from rich.console import Console
 from safetensors.torch import load_file
 
+from distillation.errors import ClusterError
+from jobs.config import load
+from jobs.search import search as run_search
 from tests.jobs.place import JOB, furnished, killed
 from tuning.ledger import read_search
 
@@ -59,6 +66,21 @@ def lines(place, name):
 def ends(place, name):
     """Numbers of trainings in the order in which they ended."""
     return [event["number"] for event in lines(place, name) if event["kind"] == "end" and event["state"] != "refused"]
+
+
+@pytest.fixture(scope="module")
+def here(place, first):
+    """Search in this process, beside a Ray that is there already: for what needs no process of its own. Returns what was printed."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
+
+    def search(name, *overrides):
+        console = Console(file=io.StringIO(), width=120)
+        with contextlib.chdir(place.folder):
+            run_search(load(f"{name}.yaml", overrides), console)
+        return console.file.getvalue()
+
+    yield search
+    ray.shutdown()
 
 
 def refuse(place, *arguments):
@@ -108,7 +130,10 @@ def test_every_size_on_the_front_stands_beside_itself_without_distillation_at_th
     front = {search.trials[number].task.student for number in search.choice["front"]}
     assert sorted(trial.task.student for trial in baselines) == sorted(front)
     for trial in [*trials, *baselines]:
-        assert (trial.rows, trial.task.rows) == (640, 640)  # two epochs of 320
+        assert trial.rows == trial.task.rows
+        assert trial.curve[-1][0] == 32
+    assert {trial.rows for trial in trials} == {640}  # two epochs of 320
+    assert {trial.rows for trial in baselines} == {581}  # as many steps over the 200 rows with a label, whose epochs end in small batches
     assert {search.trials[trial.task.of].task.student_key for trial in baselines} == {trial.task.student_key for trial in baselines}
     assert [(trial.task.role, trial.task.seed) for trial in search.trials[len(trials) + len(baselines) :]] == [
         ("refit", 0), ("refit-baseline", 0), ("refit", 1), ("refit-baseline", 1),
@@ -222,9 +247,9 @@ def test_again_nothing_is_trained(place, first):
     assert (again.parent.info.run_id, again.parent.info.status) == (runs.parent.info.run_id, "FINISHED")
 
 
-def test_more_trials_go_on_from_those_that_are_there(place, first):
+def test_more_trials_go_on_from_those_that_are_there(place, first, here):
     before = ends(place, "hunt")
-    output, _ = place.run("search", "hunt.yaml", "search.trials=7", "search.keep={validation/accuracy: 0.2}")
+    output = here("hunt", "search.trials=7", "search.keep.validation/accuracy=0.1")
     search = recorded(place, "hunt")
     assert len(search.of_role("trial")) == 7
     assert ends(place, "hunt")[: len(before)] == before
@@ -232,12 +257,12 @@ def test_more_trials_go_on_from_those_that_are_there(place, first):
     assert "Teacher forward passes over train and validation: 1;" in output
 
 
-def test_another_search_over_other_coefficients_runs_no_teacher(place, first):
+def test_another_search_over_other_coefficients_runs_no_teacher(place, here):
     space = {"student": SEARCH["space"]["student"], "losses.soft.temperature": {"log_uniform": [1, 8]}}
     write(
         place, "second", {**SEARCH, "space": space, "trials": 4, "scheduler": {"type": "asha"}, "searcher": {"type": "tpe", "startup": 2}}
     )
-    output, _ = place.run("search", "second.yaml", "search.seeds=1", "baseline=false")
+    output = here("second", "search.seeds=1", "baseline=false")
     assert "Teacher forward passes over train and validation: 0; rows asked of it in trainings: 0." in output
     assert len(recorded(place, "second").of_role("trial")) == 4
 
@@ -276,7 +301,7 @@ def outcome(search):
     }
 
 
-def test_killed_and_stopped_it_goes_on_and_ends_as_if_it_had_not_been(place, first):
+def test_killed_and_stopped_it_goes_on_and_ends_as_if_it_had_not_been(place, here):
     """Twice killed with all its processes and once stopped by Ctrl-C: among the trials, in the middle of one, among the refits."""
     write(place, "killed")
     write(place, "whole")
@@ -299,7 +324,7 @@ def test_killed_and_stopped_it_goes_on_and_ends_as_if_it_had_not_been(place, fir
     assert len(set(final)) == len(final)  # no training has ended twice
     for earlier in killed_at:
         assert final[: len(earlier)] == earlier
-    place.run("search", "whole.yaml")
+    here("whole")
     search, whole = recorded(place, "killed"), recorded(place, "whole")
     assert outcome(search) == outcome(whole)
     assert search.choice["trial"] == whole.choice["trial"]
@@ -314,12 +339,12 @@ def test_killed_and_stopped_it_goes_on_and_ends_as_if_it_had_not_been(place, fir
 # --------------------------------------------------------------------------------------------------------------- trials that fail
 
 
-def test_trials_that_diverge_or_ask_for_too_much_memory_are_recorded_and_the_search_goes_on(place, first):
+def test_trials_that_diverge_or_ask_for_too_much_memory_are_recorded_and_the_search_goes_on(place, here):
     huge = {"type": "scratch", "layers": 1, "hidden_size": 16, "heads": 2, "intermediate_size": 10**12}
     odd = {"type": "scratch", "layers": 1, "hidden_size": 15, "heads": 2, "intermediate_size": 32}
     space = {"student": {"choice": [ONE, huge, odd]}, "losses.soft.weight": {"choice": [0.7, 1.0e38]}}
     write(place, "rough", {"space": space, "trials": 6, "searcher": {"type": "grid"}, "finalists": 1, "seeds": 1})
-    output, _ = place.run("search", "rough.yaml")
+    output = here("rough")
     search = recorded(place, "rough")
     trials = {
         (trial.task.student, trial.task.point["losses.soft.weight"]): trial for trial in search.of_role("trial") if trial.task.student
@@ -338,18 +363,16 @@ def test_trials_that_diverge_or_ask_for_too_much_memory_are_recorded_and_the_sea
     assert "loss or gradient is no longer finite" in (folder_of(place, "rough") / "report.html").read_text()
     # Run again, it is left as it was; unless one says so.
     before = ends(place, "rough")
-    place.run("search", "rough.yaml")
+    here("rough")
     assert ends(place, "rough") == before
-    place.run("search", "rough.yaml", "search.retry_failed=true")
+    here("rough", "search.retry_failed=true")
     assert sorted(ends(place, "rough")[len(before) :]) == sorted(t.number for t in search.of_role("trial") if t.state == "failed")
 
 
-def test_a_search_in_which_every_trial_fails_the_same_way_ends_with_the_cause(place, first):
+def test_a_search_in_which_every_trial_fails_the_same_way_ends_with_the_cause(place, here):
     write(place, "hopeless", {**SEARCH, "space": {"losses.soft.weight": {"uniform": [1.0e38, 2.0e38]}}, "trials": 50})
-    code, output = refuse(place, "search", "hopeless.yaml")
-    assert code == 6
-    assert "every trial fails the same way" in output
-    assert "loss or gradient is no longer finite" in output
+    with pytest.raises(ClusterError, match=r"DST-6005.*every trial fails the same way.*loss or gradient is no longer finite"):
+        here("hopeless")
     assert len(recorded(place, "hopeless").trials) < 10
 
 
@@ -390,11 +413,11 @@ def test_a_trial_whose_process_is_killed_is_tried_again_or_recorded(place, first
 # ------------------------------------------------------------------------------------------------------------- the other engines
 
 
-def test_a_population_hands_on_weights_and_turns_its_knobs(place, first):
+def test_a_population_hands_on_weights_and_turns_its_knobs(place, here):
     space = {"losses.soft.weight": {"uniform": [0.1, 1.0]}, "training.learning_rate": {"log_uniform": [1.0e-5, 1.0e-2]}}
     search = {"space": space, "trials": 4, "scheduler": {"type": "pbt", "every": 0.25}, "seeds": 1, "finalists": 1}
     write(place, "people", search, student=TWO)
-    place.run("search", "people.yaml", "baseline=false")
+    here("people", "baseline=false")
     found = recorded(place, "people")
     trials = found.of_role("trial")
     assert [(trial.state, trial.rows) for trial in trials] == [("finished", 640)] * 4
@@ -410,12 +433,11 @@ def test_a_population_hands_on_weights_and_turns_its_knobs(place, first):
         history = runs.client.get_metric_history(runs.trials[trial.number].info.run_id, "knob/training.learning_rate")
         assert history[-1].value == trial.task.point["training.learning_rate"]
         assert runs.trials[trial.number].info.run_name == trial.task.name
-    assert not [name for name in place.storage.list("trials") if place.storage.list(f"trials/{name}")]
+    left = {name.removesuffix(".checkpoints") for name in place.storage.list("trials")}
+    assert not left & {trial.task.fingerprint for trial in trials}
 
 
-def test_trials_of_two_workers_give_what_trials_of_one_give(place, first):
-    if (psutil.cpu_count() or 1) < 2:
-        pytest.skip("two workers need two CPUs")
+def test_trials_of_two_workers_give_what_trials_of_one_give(place, here):
     search = {
         "space": {"losses.soft.weight": {"choice": [0.3, 0.9]}},
         "trials": 2,
@@ -425,7 +447,7 @@ def test_trials_of_two_workers_give_what_trials_of_one_give(place, first):
     }
     for workers in (1, 2):
         write(place, f"by-{workers}", {**search, "workers_per_trial": workers}, baseline=False)
-        place.run("search", f"by-{workers}.yaml")
+        here(f"by-{workers}")
     one, two = recorded(place, "by-1"), recorded(place, "by-2")
     for a, b in zip(one.trials, two.trials, strict=True):
         assert (a.task.name, a.task.fingerprint, a.state, b.state) == (b.task.name, b.task.fingerprint, "finished", "finished")
@@ -435,11 +457,9 @@ def test_trials_of_two_workers_give_what_trials_of_one_give(place, first):
                 assert math.isclose(ours[name], theirs[name], rel_tol=1e-3, abs_tol=1e-4), (step, name)
 
 
-def test_more_workers_than_the_cluster_has_are_refused_before_anything_starts(place, first):
-    code, output = refuse(place, "search", "hunt.yaml", "name=crowd", "search.workers_per_trial=500")
-    assert code == 6
-    assert "job does not fit the cluster: search: expected 500 workers a trial" in output
-    assert "corpus" not in output
+def test_more_workers_than_the_cluster_has_are_refused_before_anything_starts(place, here):
+    with pytest.raises(ClusterError, match=r"DST-6002.*job does not fit the cluster: search: expected 500 workers a trial"):
+        here("hunt", "name=crowd", "search.workers_per_trial=500")
     assert lines(place, "crowd") == []
 
 

@@ -39,6 +39,18 @@ def test_a_search_is_read_as_it_is_written_and_comes_back_from_its_dump():
     assert parse(dump(read), [], "dump") == read
 
 
+def test_knobs_may_be_nested_and_are_changed_by_an_override():
+    nested = {"losses": {"soft": {"weight": {"uniform": [0.1, 1.0]}, "temperature": {"log_uniform": [1, 8]}}}}
+    assert parse(job(nested), [], "job.yaml") == parse(job(), [], "job.yaml")
+    space = {"losses.soft.weight": {"uniform": [0.1, 1.0], "when": {"training.epochs": 1}}}
+    knob = "search.space.losses.soft.weight"
+    (narrow,) = parse(job(space), [f"{knob}.uniform=[0.2,0.3]"], "job.yaml").search.space.values()
+    assert (narrow.uniform, narrow.when) == ((0.2, 0.3), {"training.epochs": 1})
+    (other,) = parse(job(space), [f"{knob}.choice=[0.5]"], "job.yaml").search.space.values()
+    assert (other.choice, other.when) == ((0.5,), {})
+    assert parse(job(), ["search.keep.validation/retention=0.9"], "job.yaml").search.keep["validation/retention"] == 0.9
+
+
 def test_the_quickstart_searches_two_coefficients_a_rate_and_three_sizes_with_16_trials():
     search = load("quickstart").search
     assert search.trials == 16

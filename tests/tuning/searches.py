@@ -109,9 +109,8 @@ def events(trials: int = 64, seed: int = 0, points: int = 20, ended: bool = True
         label = rng.choice(list(SIZES))
         point = _point(label, rng)
         if rng.random() < 0.04:
-            yield event("trial", number=number, **REFUSED, point=point)
             reason = rng.choice(["losses: all weights are 0, nothing would be learned", "student.layers: teacher layer 9 does not exist"])
-            yield event("end", number=number, state="refused", cause=reason, node="", seconds=0.0)
+            yield event("trial", number=number, **REFUSED, point=point, refused=reason)
             number += 1
             continue
         top = quality(SIZES[label][4], point, rng.gauss(0, 0.004))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -84,12 +85,40 @@ def test_every_kind_of_event_is_read_as_it_was_written(tmp_path):
         assert again.search == search
 
 
+def test_a_refused_point_is_one_event(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    with begun(path, FIRST) as ledger:
+        assert ledger.trial(Task("trial", "refused", POINT, "", "", "", {}, 0), refused=f"line\nbreak {NASTY}") == 1
+        assert ledger.trial(SECOND) == 2
+        written = ledger.search
+    assert kinds(path) == ["search", "trial", "trial", "trial"]
+    search = read_search(path)
+    assert search == written
+    assert [(trial.state, trial.cause) for trial in search.trials] == [
+        ("running", ""),
+        ("refused", f"line\nbreak {NASTY}"),
+        ("running", ""),
+    ]
+    assert (search.trials[1].task.point, search.trials[1].seconds) == (POINT, 0.0)
+
+
 def test_a_ledger_is_read_while_it_is_written(tmp_path):
     with begun(tmp_path / "ledger.jsonl", FIRST) as ledger:
         for step in (10, 20):
             ledger.point(0, step, {**TRAIN, "train/rows": 5.0 * step})
             assert read_search(ledger.path) == ledger.search
             assert read_search(ledger.path).trials[0].rows == 5 * step
+
+
+def test_a_number_that_is_not_finite_is_not_written(tmp_path):
+    with begun(tmp_path / "ledger.jsonl", FIRST) as ledger:
+        whole = ledger.path.read_bytes()
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            ledger.point(0, 10, {"train/loss": math.nan})
+        assert ledger.path.read_bytes() == whole
+        assert ledger.search.trials[0].curve == []
+        assert ledger.point(0, 10, TRAIN)
+    assert read_search(ledger.path).trials[0].curve == [(10, TRAIN)]
 
 
 # ------------------------------------------------------------------------------------------------------ restarted workers
@@ -119,6 +148,18 @@ def test_new_metrics_at_the_same_step_are_another_point(tmp_path):
     assert (trial.metrics, trial.rows) == ({"validation/accuracy": 0.5}, 50)
 
 
+def test_a_step_of_two_points_that_comes_again_is_recorded_once(tmp_path):
+    """A step with an evaluation has two, and a restarted worker hands over both of them again."""
+    path = tmp_path / "ledger.jsonl"
+    with begun(path, FIRST) as ledger:
+        assert [ledger.point(0, 10, metrics) for metrics in (TRAIN, SCORES)] == [True, True]
+        assert [ledger.point(0, 10, metrics) for metrics in (TRAIN, SCORES, TRAIN, SCORES)] == [False] * 4
+    with Ledger(path) as ledger:
+        assert [ledger.point(0, 10, metrics) for metrics in (TRAIN, SCORES)] == [False, False]
+        assert [ledger.point(0, 20, metrics) for metrics in (TRAIN, SCORES)] == [True, True]
+    assert read_search(path).trials[0].curve == [(10, TRAIN), (10, SCORES), (20, TRAIN), (20, SCORES)]
+
+
 def test_seconds_add_up_over_two_drivers(tmp_path):
     path = tmp_path / "ledger.jsonl"
     with begun(path, FIRST) as ledger:
@@ -131,9 +172,23 @@ def test_seconds_add_up_over_two_drivers(tmp_path):
     assert (trial.state, trial.cause, trial.node, trial.seconds) == ("finished", "", "node-2", 3.75)
 
 
+def test_what_the_teacher_was_asked_adds_up_over_two_drivers(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    with Ledger(path) as ledger:
+        ledger.begin("docstrings", JOB, "f" * 64, TEACHER, passes=1)
+        for task, answered in ((FIRST, 30), (SECOND, 0)):
+            ledger.end(ledger.trial(task), "finished", answered=answered)
+    with Ledger(path) as ledger:  # its store was lost meanwhile
+        ledger.begin("docstrings", JOB, "f" * 64, TEACHER, passes=1)
+        ledger.end(ledger.trial(BASELINE), "finished", answered=12)
+    with Ledger(path) as ledger:
+        ledger.begin("docstrings", JOB, "f" * 64, TEACHER)
+    assert (read_search(path).passes, read_search(path).answered) == (2, 42)
+
+
 def test_time_between_drivers_is_left_out(tmp_path):
     def event(second: int, kind: str, **content: object) -> dict[str, object]:
-        return {"seq": 0, "time": 1000 * second, "kind": kind, **content}
+        return {"time": 1000 * second, "kind": kind, **content}
 
     begin = {"name": "docstrings", "job": JOB, "fingerprint": "f" * 64, "teacher": TEACHER, "passes": 1}
     lines = [
@@ -146,11 +201,11 @@ def test_time_between_drivers_is_left_out(tmp_path):
     ]
     path = tmp_path / "ledger.jsonl"
     for count, seconds in ((2, 60), (3, 60), (4, 90), (5, 90), (6, 105)):
-        write(path, iter(lines[:count]))
+        write(path, ({"seq": seq, **line} for seq, line in enumerate(lines[:count])))
         search = read_search(path)
         assert search.elapsed(search.updated) == seconds, count
     assert search.elapsed(search.updated + 2500) == 107.5
-    with Ledger(path) as ledger:  # decades after it
+    with Ledger(path) as ledger:  # decades later
         ledger.begin("docstrings", JOB, "f" * 64, TEACHER)
         assert ledger.search.elapsed(ledger.search.updated) == 105
         assert read_search(path) == ledger.search
@@ -165,7 +220,7 @@ def test_a_torn_last_line_is_cut_off_wherever_it_was_torn(tmp_path):
         before = read_search(path)
         ledger.end(0, "failed", cause="schön 🙂")
     *head, last = path.read_bytes().splitlines(keepends=True)
-    assert len("schön 🙂".encode()) == 11
+    assert len(last) > len(last.decode())  # some characters are torn, too
     for length in range(1, len(last)):
         path.write_bytes(b"".join(head) + last[:length])
         assert read_search(path) == before
@@ -186,7 +241,7 @@ def test_a_ledger_torn_in_its_first_line_begins_anew(tmp_path):
     assert kinds(path) == ["search", "trial"]
 
 
-@pytest.mark.parametrize("line", [b"\0\0\0\n", b"\n", b"[1]\n", b'{"seq": 1, "time": 17}\n', b'{"seq": 1, "time": 17, "kind": "tr\n'])
+@pytest.mark.parametrize("line", [b"", b"\0\0\0\n", b"\n", b"[1]\n", b'{"seq": 1, "time": 17}\n', b'{"seq": 1, "time": 17, "kind": "tr\n'])
 def test_an_altered_line_in_the_middle_is_refused(tmp_path, line):
     path = tmp_path / "ledger.jsonl"
     with begun(path, FIRST) as ledger:
@@ -199,6 +254,39 @@ def test_an_altered_line_in_the_middle_is_refused(tmp_path, line):
     with pytest.raises(InputError, match="DST-3501"):
         read_search(path)
     assert path.read_bytes() == first + line + last
+
+
+@pytest.mark.parametrize(
+    "altered",
+    [
+        {"kind": "trial"},
+        {"kind": "point", "number": 5, "step": 10, "metrics": {}},
+        {"kind": "point", "number": 0, "step": 10, "metrics": 1},
+    ],
+)
+def test_a_line_that_cannot_follow_those_before_it_is_refused(tmp_path, altered):
+    path = tmp_path / "ledger.jsonl"
+    with begun(path, FIRST) as ledger:
+        ledger.point(0, 10, TRAIN)
+        ledger.end(0, "finished")
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2] = json.dumps({"seq": 2, "time": 17, **altered}).encode() + b"\n"
+    path.write_bytes(b"".join(lines))
+    for _ in range(2):  # the lock was given back
+        with pytest.raises(InputError, match=rf"DST-3501.*{path}, line 3"):
+            Ledger(path)
+    with pytest.raises(InputError, match=rf"DST-3501.*{path}, line 3"):
+        read_search(path)
+    assert path.read_bytes() == b"".join(lines)
+
+
+def test_a_ledger_whose_first_line_is_gone_is_refused(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    begun(path, FIRST).__exit__()
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[1])
+    for opened in (Ledger, read_search):
+        with pytest.raises(InputError, match="DST-3501"):
+            opened(path)
 
 
 @pytest.mark.parametrize("content", [None, b"", b'{"seq": 0, "ti'])
@@ -239,7 +327,8 @@ def test_a_ledger_has_one_writer(tmp_path):
 def test_a_killed_driver_leaves_what_it_wrote_and_no_lock(tmp_path):
     path = tmp_path / "ledger.jsonl"
     begun(path, FIRST).__exit__()
-    program = f"import os, signal\n{OPEN}\nfor step in range(99): ledger.point(0, step, {{'train/rows': 1.0}})\nos.kill(os.getpid(), signal.SIGKILL)"
+    points = "for step in range(99): ledger.point(0, step, {'train/rows': 1.0})"
+    program = f"import os, signal\n{OPEN}\n{points}\nos.kill(os.getpid(), signal.SIGKILL)"
     assert other_process(path, program).returncode == -9
     with Ledger(path) as ledger:
         assert [step for step, _ in ledger.search.trials[0].curve] == list(range(99))

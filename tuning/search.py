@@ -190,6 +190,8 @@ class Telling(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         self._link.director.gone(self._link.numbers.pop(trial.trial_id))
         trial.config = {name: trial.config[name] for name in ("number", "role", "bucket")}
+        # Averages over the last results of each metric, kept for good: half of what a trial costs in memory.
+        trial.run_metadata.metric_analysis, trial.run_metadata.metric_n_steps = {}, {}
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
         error = trial.get_pickled_error() or trial.get_error()

@@ -41,6 +41,7 @@ class Journal:
         self._params: dict[str, dict[str, str]] = {}
         self._times: dict[str, int] = {}
         self._unfinished: dict[str, None] = {}
+        self._statuses: dict[str, Status] = {}
         self.has_note = False
         first: Event | None = None
         for event in self._file.replay():
@@ -162,6 +163,10 @@ class Journal:
         """Whether a run was declared, and finished since."""
         return key in self._times and key not in self._unfinished
 
+    def status(self, key: str) -> Status | None:
+        """How a run ended last; None if it has not."""
+        return self._statuses.get(key)
+
     def events(self, offset: int = 0, most: int = 2000) -> list[tuple[Event, int]]:
         """Up to `most` events from a byte offset on, each with the offset behind it. A line that is not whole is not there yet."""
         return list(islice(read(self.path, offset), most))
@@ -188,8 +193,10 @@ class Journal:
                 return
             case "run":
                 self._unfinished[key] = None
+                self._statuses.pop(key, None)
             case "finish":
                 self._unfinished.pop(key, None)
+                self._statuses[key] = event["status"]
             case "params":
                 self._params.setdefault(key, {}).update(event["values"])
             case "metrics":

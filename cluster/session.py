@@ -93,7 +93,8 @@ def cpus_per_worker(config: ClusterConfig) -> int:
 
 def places(nodes: Sequence[Mapping[str, float]], cpus: int, gpus: float) -> int:
     """How many workers of this size the nodes hold together. nodes: their resources."""
-    return sum(int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf)) for node in nodes)
+    # 1.0 // 0.2 is 4 in floating point.
+    return sum(int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) / gpus + 1e-9 if gpus else math.inf)) for node in nodes)
 
 
 @ray.remote(num_cpus=0)

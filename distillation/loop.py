@@ -218,6 +218,7 @@ class Fit:
             if self.validation is not None and (last or rung or (training.evaluate_every and step % training.evaluate_every == 0)):
                 paused = time.perf_counter()
                 latest = self.evaluate(self.validation)
+                self._require_finite(latest, step)
                 points.append({**latest, **plan.seen(step)})
                 curve.pause(time.perf_counter() - paused)
             self.history += [(step, point) for point in points]
@@ -287,6 +288,14 @@ class Fit:
             expected="finite numbers", found=f"gradient of loss terms {terms}",
             do="Lower training.learning_rate, raise training.warmup, or look at these rows; the last checkpoint is kept",
         )  # fmt: skip
+
+    def _require_finite(self, scores: Mapping[str, float], step: int) -> None:
+        if odd := [name for name, value in scores.items() if not math.isfinite(value)]:
+            raise DivergedError(
+                "DST-4001", "loss or gradient is no longer finite", where=f"evaluation after step {step}", expected="finite numbers",
+                found=", ".join(f"{name}={scores[name]}" for name in odd),
+                do="Lower training.learning_rate, raise training.warmup, or look at the rows of the validation split",
+            )  # fmt: skip
 
     @torch.no_grad()
     def evaluate(self, rows: Rows) -> dict[str, float]:

@@ -133,7 +133,16 @@ def size_of(config: StudentConfig, model: Path, labels: Sequence[str], tokens: i
 
     Arguments and errors as of `outline`. As `inference.cost` finds them, but for the header of the file.
     """
-    network = outline(config, model, labels)
+    try:
+        return _size_of(outline(config, model, labels), tokens)
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:  # what architectures say to sizes they do not take
+        raise InputError(
+            "DST-3210", "architecture cannot be built at these sizes", where=str(model), found=f"{type(error).__name__}: {error}"[:300],
+            do="Use other sizes, or a student of another type",
+        ) from error  # fmt: skip
+
+
+def _size_of(network: Any, tokens: int) -> dict[str, float]:
     distinct = {id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()}  # shared ones are written once
     return {
         "parameters": sum(p.numel() for p in network.parameters()),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.resources
+import itertools
 import os
 import types
 from collections.abc import Iterable, Mapping, Sequence
@@ -129,6 +130,27 @@ class JobConfig(Config):
                 yield f"search.space: {path} cannot be turned; trials share corpus, task and teacher, so knobs lie under {', '.join(TURNED)}"
             elif path not in known:
                 yield f"search.space: there is no setting {path}; the nearest is {nearest(path, {p for p in known if p.split('.')[0] in TURNED})}"
+
+        for path, knob in self.search.space.items():
+            for seen in knob.when:
+                if seen not in known:
+                    yield f"search.space.{path}.when: there is no setting {seen}; the nearest is {nearest(seen, known)}"
+        yield from self._comparison_problems(self.search)
+
+    def _comparison_problems(self, search: SearchConfig) -> Iterable[str]:
+        """What would quietly make another search of it."""
+        scheduler, knobs = search.scheduler.type, self.space().knobs
+        if scheduler == "pbt" and any(path.split(".")[0] == "student" for path in knobs):
+            yield "search: scheduler pbt needs one student: a student cannot go on from the weights of another one"
+        lengths = {"training", "training.epochs", "training.steps", *(["training.batch_tokens"] if self.training.steps else [])}
+        if scheduler != "none" and (found := sorted(lengths & knobs.keys())):
+            yield f"search: scheduler {scheduler} compares trials of one length, but {', '.join(found)} change it; use scheduler {{type: none}}"
+        if self.cluster.gpus_per_worker and "gpus_per_worker" not in search.model_fields_set:
+            yield "search.gpus_per_worker: the workers of the job have GPUs; say which share of one a trial gets (0: none)"
+        if search.searcher.type == "grid":
+            points = sum(1 for _ in itertools.islice(self.space().grid(search.searcher.points), search.trials + 1))
+            if points > search.trials:
+                yield f"search.trials is {search.trials}, but the grid has more points: raise it, or use searcher {{type: random}}"
 
     def _paths_of_search(self) -> set[str]:
         """Every setting that some point of the space has: the job's own, and those of each sub-object that a knob may put in."""

@@ -194,8 +194,8 @@ def _test(context: Context, search: Search, choice: dict[str, Any]) -> list[Eval
     """The finalists' refits, their baselines and the teacher on the test split, which nothing has looked at before."""
     tested = [Tested("teacher", "teacher", None, context.plan.teacher)]
     finalists = {finalist["trial"] for finalist in choice["finalists"]}
-    done = [t for t in search.of_role("refit", "refit-baseline") if t.task.of in finalists and t.state == "finished"]
-    baselines = {(t.task.of, t.task.seed): t for t in done if t.task.role == "refit-baseline"}
+    done = [t for t in search.of_role("refit", "refit-baseline") if any(map(t.confirms, finalists)) and t.state == "finished"]
+    baselines = {(number, t.task.seed): t for t in done if t.task.role == "refit-baseline" for number in finalists if t.confirms(number)}
     for trial in done:
         stage = Stage(f"students/{trial.task.fingerprint}", trial.task.fingerprint, {})
         if trial.task.role == "refit-baseline":
@@ -240,10 +240,14 @@ def _publish(
         if context.plan.job.tracking.log_model:
             journal.model(
                 recorder.key(refit.number), places["champion"], name="champion", input_example=stages.example_texts(plan),
-                registered=search.name, alias="champion",
+                registered=search.name, alias="champion" if choice["kept"] or not search.config.keep else None,
             )  # fmt: skip
         journal.tags(context.parent, {"distillery.choice": choice["reason"], "distillery.champion": refit.task.name})
-        journal.metrics(context.parent, {"search/hypervolume": decision.hypervolume, "search/front": len(decision.front)}, 0)
+        counted = len(search.of_role("trial"))
+        journal.metrics(context.parent, {"search/hypervolume": decision.hypervolume, "search/front": len(decision.front)}, counted)
+        for trial in search.of_role("trial", "baseline", "refit", "refit-baseline"):
+            if trial.state == "finished" and (latency := search.latencies.get(trial.task.student_key)):
+                journal.metrics(recorder.key(trial.number), latency, 0)
         journal.note(_note(context, search, decision, picture))
     return places
 

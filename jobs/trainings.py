@@ -64,7 +64,7 @@ class Trainings:
             total, _ = self._total(plan, share=1.0)
             for run in plan.runs:
                 role: Role = "refit" if run.role == "student" else "refit-baseline"
-                name = f"{trial.task.name}{'' if role == 'refit' else '-baseline'}-seed{seed}"
+                name = f"{trial.task.name}-t{trial.number}{'' if role == 'refit' else '-baseline'}-seed{seed}"  # trials may share a name
                 config = plan.fit(run, total).model_copy(update={"name": name})
                 task = self._task(role, config, run, dict(trial.task.point), trial.number, seed)
                 found.append(Proposal(task, {"fit": config.model_dump(mode="json"), "made_from": dict(run.stage.made_from)}))
@@ -84,7 +84,8 @@ class Trainings:
 
     def seeds(self, trial: Trial) -> list[int]:
         first = self.job(trial.task.point).training.seed
-        return [first + i for i in range(self._config.seeds)]
+        # Not the first one itself: with it the trial was chosen, which makes its result too good.
+        return [first + 1 + i for i in range(self._config.seeds)]
 
     def best(self, trial: Trial, seed: int, threads: int) -> JobConfig:
         """The chosen student's job, with the student by name and workers as trials had them: what `distill run` reproduces it from.
@@ -96,7 +97,7 @@ class Trainings:
             "workers": search.workers_per_trial, "cpus_per_worker": search.cpus_per_worker, "gpus_per_worker": search.gpus_per_worker
         }  # fmt: skip
         changes = {
-            "student": None, "students": {trial.task.name.lower(): job.student}, "cluster": job.cluster.model_copy(update=workers),
+            "student": None, "students": {"champion": job.student}, "cluster": job.cluster.model_copy(update=workers),
             "evaluation": job.evaluation.model_copy(update={"threads": threads}),
         }  # fmt: skip
         return job.model_copy(update=changes)

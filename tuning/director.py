@@ -67,6 +67,8 @@ class Job(NamedTuple):
     point: Mapping[str, Any]
     work: Mapping[str, Any]
     student_key: str
+    rows: int = 0
+    """It will see in all."""
 
 
 class Director:
@@ -112,11 +114,13 @@ class Director:
                     return "wait"
                 if (job := self._latency()) is not None:
                     return job
-                self._phase = "done" if self._phase == "confirm" else "confirm"
-                if self._phase == "confirm":
-                    if self._population:
-                        self._discard_all()
-                    self._queue.extend(self._confirmations())
+                if self._phase == "trials" and self._population:
+                    self._discard_all()
+                # Asked for until there is nothing more: where no finalist keeps what was asked for, the next one is tried.
+                self._phase = "confirm"
+                self._queue.extend(self._confirmations())
+                if not self._queue:
+                    self._phase = "done"
             return "wait" if self._running and not self.closed else "done"
 
     def decision(self) -> Decision:
@@ -276,7 +280,9 @@ class Director:
             self._ledger.start(number)
         task = trial.task
         self.ran += 1
-        job = Job(number, task.role, self._buckets.of(task.cost["cost/flops"]), task.point, self._works.pop(number), task.student_key)
+        job = Job(
+            number, task.role, self._buckets.of(task.cost["cost/flops"]), task.point, self._works.pop(number), task.student_key, task.rows
+        )
         self._running[number] = (job, time.monotonic())
         self._observer.started(trial)
         return job
@@ -315,7 +321,10 @@ class Director:
             key = proposal.task.role, proposal.task.fingerprint
             if (there := have.get(key)) is None:
                 missing.setdefault(key, proposal)
-            elif there.state == "stopped":
+                continue
+            if proposal.task.of is not None and not there.confirms(proposal.task.of):
+                self._ledger.shared(there.number, proposal.task.of)
+            if there.state == "stopped":
                 self._works[there.number] = proposal.work
                 missing[key] = there.number
         return list(missing.values())
@@ -358,5 +367,7 @@ class Director:
 
 
 def kind_of(cause: str) -> str:
-    """A cause without its numbers: two trials that run out of memory fail the same way."""
+    """A cause without its numbers, of errors of ours code and title: two trials that run out of memory fail the same way."""
+    if cause.startswith("error["):
+        return ": ".join(cause.split(": ")[:2])
     return re.sub(r"[\d.]+", "#", cause)[:80]

@@ -83,8 +83,14 @@ class Trial:
     """Why it failed or was refused, in one line."""
     node: str = ""
     """Where it ran last."""
+    also: list[int] = field(default_factory=list)
+    """Further trials that this is the baseline or a refit of."""
     exploits: list[Exploit] = field(default_factory=list)
     """In order. The task's point and name are those since the last one; its fingerprint stays that of the first."""
+
+    def confirms(self, number: int) -> bool:
+        """Whether this is a baseline or a refit of that trial."""
+        return self.task.of == number or number in self.also
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
         self.curve.append((step, {sys.intern(name): value for name, value in metrics.items()}))  # thousands of trials have the same names
@@ -147,6 +153,8 @@ class Search:
                 self.trials[event["number"]].state = "running"
             case "point":
                 self.trials[event["number"]].add(event["step"], event["metrics"])
+            case "shared":
+                self.trials[event["number"]].also.append(event["of"])
             case "exploit":
                 trial = self.trials[event["number"]]
                 trial.exploits.append(Exploit(event["source"], event["step"], trial.task.point))
@@ -230,6 +238,10 @@ class Ledger:
     def exploit(self, number: int, source: int, step: int, point: Mapping[str, Any], name: str) -> None:
         """A trial goes on from the checkpoint that another one made at a step, with these knobs and under this name."""
         self._write("exploit", number=number, source=source, step=step, point=dict(point), name=name)
+
+    def shared(self, number: int, of: int) -> None:
+        """A baseline or refit is that of another trial, too."""
+        self._write("shared", number=number, of=of)
 
     def latency(self, student_key: str, metrics: Mapping[str, float]) -> None:
         self._write("latency", student_key=student_key, metrics=dict(metrics))

@@ -132,7 +132,7 @@ def decide(search: Search) -> Decision:
     maximise = [direction == "max" for direction in config.objectives.values()]
     front, best = non_dominated(points, maximise), knee(points, maximise)
     misses = {n: missing(config.constraints, values[n]) for n in numbers}
-    feasible = [n for n in numbers if misses[n] == (0, 0.0)]
+    feasible = [n for n in numbers if _keeps(config, values[n])]
     nearest = [] if feasible else sorted(numbers, key=misses.__getitem__)
     if config.keep:
         preferred = nearest or sorted(feasible, key=lambda n: (-_merit(config, values[n]), n))
@@ -147,11 +147,32 @@ def decide(search: Search) -> Decision:
         knee=None if best is None else numbers[best],
         feasible=feasible,
         nearest=nearest,
-        finalists=finalists[: config.finalists],
+        finalists=finalists[: _how_many(search, config, finalists if feasible else [])],
         hypervolume=hypervolume([points[i] for i in front], maximise, reference) if points else 0.0,
         reference=dict(zip(config.objectives, reference, strict=False)),
         why=_why(config, len(numbers), len(feasible)),
     )
+
+
+def _how_many(search: Search, config: SearchConfig, candidates: Sequence[int]) -> int:
+    """As many finalists as were asked for; one more for as long as all of them were trained again and none keeps what was asked for."""
+    count = config.finalists
+    while config.keep and count < len(candidates) and all(_fell_short(search, config, number) for number in candidates[:count]):
+        count += 1
+    return count
+
+
+def _fell_short(search: Search, config: SearchConfig, number: int) -> bool:
+    refits = [trial for trial in search.of_role("refit") if trial.confirms(number)]
+    if len(refits) < config.seeds or any(trial.state == "running" for trial in refits):
+        return False
+    means = {name: mean(values) for name, values in _by_metric(t for t in refits if t.state == "finished").items()}
+    return not _keeps(config, {**search.values(search.trials[number]), **means})
+
+
+def _keeps(config: SearchConfig, values: Mapping[str, float]) -> bool:
+    lacking, misses = missing(config.constraints, values)
+    return lacking == 0 and misses <= ROUNDING
 
 
 def _from_knee(points: Sequence[Sequence[float]], maximise: Sequence[bool], front: Sequence[int], best: int | None) -> list[int]:
@@ -240,7 +261,7 @@ def choose(search: Search, decision: Decision) -> dict[str, Any]:
     if not ready:
         raise InputError(
             "DST-3502", "no refit of a finalist finished", where=search.name, expected="at least one",
-            found=next((each["cause"] for each in failed if each["role"] == "refit"), "none"),
+            found=next((t.cause for t in [*search.of_role("refit"), *search.of_role("trial")] if t.state == "failed"), "none"),
             do="Remove the cause and run the search again: it goes on where it stopped",
         )  # fmt: skip
     if config.keep:
@@ -267,14 +288,13 @@ def choose(search: Search, decision: Decision) -> dict[str, Any]:
 
 def _finalist(search: Search, config: SearchConfig, trial: Trial) -> dict[str, Any]:
     """A finalist beside the same student without distillation, each over its seeds."""
-    trained = [other for other in search.of_role("refit", "refit-baseline") if other.task.of == trial.number]
+    trained = [other for other in search.of_role("refit", "refit-baseline") if other.confirms(trial.number)]
     done = {(t.task.role, t.task.seed): t for t in trained if t.state == "finished" and config.quality in t.metrics}
     refits = {seed: t for (role, seed), t in sorted(done.items()) if role == "refit"}
     baselines = {seed: t for (role, seed), t in sorted(done.items()) if role == "refit-baseline"}
     quality = _over_seeds(refits.values())
     means = {name: each["mean"] for name, each in quality.items()}
     values = {**{name: value for name, value in search.values(trial).items() if name not in QUALITY}, **means}
-    lacking, misses = missing(config.constraints, values)
     return {
         "trial": trial.number,
         "name": trial.task.name,
@@ -288,16 +308,20 @@ def _finalist(search: Search, config: SearchConfig, trial: Trial) -> dict[str, A
         "quality": quality,
         "baseline": _over_seeds(baselines.values()),
         "gain": _gain(config, [(t, baselines[seed]) for seed, t in refits.items() if seed in baselines]),
-        "kept": bool(refits) and lacking == 0 and misses <= ROUNDING,
+        "kept": bool(refits) and _keeps(config, values),
     }
 
 
 def _over_seeds(trials: Iterable[Trial]) -> dict[str, dict[str, Any]]:
+    return {name: interval(values) for name, values in _by_metric(trials).items()}
+
+
+def _by_metric(trials: Iterable[Trial]) -> dict[str, list[float]]:
     seen: dict[str, list[float]] = {}
     for trial in trials:
         for name in QUALITY.keys() & trial.metrics.keys():
             seen.setdefault(name, []).append(trial.metrics[name])
-    return {name: interval(seen[name]) for name in QUALITY if name in seen}
+    return {name: seen[name] for name in QUALITY if name in seen}
 
 
 def _gain(config: SearchConfig, pairs: Sequence[tuple[Trial, Trial]]) -> dict[str, Any] | None:

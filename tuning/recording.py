@@ -57,15 +57,15 @@ class Recorder:
             return
         key = self.key(trial.number)
         tags = {"distillery.state": STATES[trial.state], "distillery.node": trial.node}
-        if trial.cause:
-            tags["distillery.error"] = trial.cause
+        tags["distillery.error"] = trial.cause
         self._journal.tags(key, tags)
         self._journal.finish(key, STATUS[trial.state])  # type: ignore[arg-type]
 
     def catch_up(self, search: Search) -> None:
         """Bring to the journal what the ledger has and it has not: a process was killed between the two, or the journal was moved away."""
         for trial in search.trials:
-            if trial.state == "refused" or self._journal.has_ended(self.key(trial.number)):
+            status = self._journal.status(self.key(trial.number))
+            if trial.state in ("refused", "running") or status == STATUS[trial.state]:  # what runs is started by the director
                 continue
             self.started(trial)
             for step, metrics in trial.curve:

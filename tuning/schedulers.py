@@ -120,7 +120,8 @@ class PerBucket(FIFOScheduler):
         buckets = Buckets(search.config.scheduler.bucket)
         for trial in search.trials:
             bucket = buckets.of(trial.task.cost["cost/flops"]) if trial.state != "refused" else -1
-            curve = _curve(trial, search.config.quality, self._rows) if trial.task.role == "trial" else []
+            compared = trial.task.role == "trial" and trial.state != "refused" and _alike(trial.task.rows, self._rows)
+            curve = _curve(trial, search.config.quality, trial.task.rows) if compared else []
             for rows, quality in curve:
                 if (seen := self._see(trial.number, bucket, rows, sign * quality)) is not None:
                     scheduler, member, point = seen
@@ -142,7 +143,13 @@ class PerBucket(FIFOScheduler):
 
 
 def _is_compared(trial: Trial, result: Mapping[str, Any], rows: int) -> bool:
-    return trial.config["role"] == "trial" and result.get("state") == "running" and result["rows"] < rows
+    own = trial.config.get("rows", rows)
+    return trial.config["role"] == "trial" and result.get("state") == "running" and result["rows"] < own and _alike(own, rows)
+
+
+def _alike(own: int, rows: int) -> bool:
+    """Whether a trial sees about as many rows as those it would be compared with: a weight of 0 may leave it the labelled ones only."""
+    return abs(own - rows) <= 0.05 * rows
 
 
 def _curve(trial: ledger.Trial, quality: str, rows: int) -> list[tuple[int, float]]:

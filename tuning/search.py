@@ -12,6 +12,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -104,6 +105,7 @@ def run(
     except BaseException:
         director.close()
         thread.join(STOP_SECONDS)
+        storage.delete(f".ray/{name}")
         raise
     try:
         outcome.result()
@@ -124,6 +126,19 @@ def _resources(config: SearchConfig) -> Any:
     return {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
 
 
+def _last_cause(file: str | None) -> str:
+    """What Ray wrote of the last failure of a trial, in one line: the end of a traceback, or how a process died."""
+    try:
+        text = Path(file or "").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "its process died"
+    lines = [line.strip() for line in text.rpartition("Failure #")[2].splitlines()[1:] if line.strip()]
+    if any("Traceback" in line for line in lines):
+        return lines[-1]
+    detail = [line.partition("Worker exit detail: ")[2] for line in lines if "Worker exit detail: " in line]
+    return " ".join([*lines[:1], *detail[:1]])[:500] or "its process died"
+
+
 class Link:
     """What Tune's objects know of the search. Tune writes those to disk when it starts; this goes along as nothing."""
 
@@ -134,7 +149,7 @@ class Link:
 
     def config(self, job: Job) -> dict[str, Any]:
         return {
-            "number": job.number, "role": job.role, "bucket": job.bucket, "point": dict(job.point),
+            "number": job.number, "role": job.role, "bucket": job.bucket, "rows": job.rows, "point": dict(job.point),
             "work": {**self.context, **job.work},
         }  # fmt: skip
 
@@ -194,5 +209,4 @@ class Telling(tune.Callback):
         trial.run_metadata.metric_analysis, trial.run_metadata.metric_n_steps = {}, {}
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        error = trial.get_pickled_error() or trial.get_error()
-        self._link.director.gone(self._link.numbers.pop(trial.trial_id), cause_of(error) if error else "its process died")
+        self._link.director.gone(self._link.numbers.pop(trial.trial_id), _last_cause(trial.error_file))

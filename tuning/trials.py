@@ -63,7 +63,9 @@ def cause_of(error: BaseException) -> str:
     if isinstance(error, DistilleryError):
         return str(error)
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return lines[-1] if "Traceback" in lines[0] else f"{type(error).__name__}: {lines[0]}"
 
 
 class Reporter:

@@ -125,6 +125,15 @@ def test_knobs_that_wait_for_each_other():
             {"scheduler": {"type": "pbt"}, "space": {"student.layers": {"choice": [[0], [0, 1]]}}},
             "a student cannot go on from the weights of another one",
         ),
+        (
+            {"scheduler": {"type": "asha"}, "space": {"training.epochs": {"choice": [1, 2]}}},
+            "scheduler asha compares trials of one length, but training.epochs change it",
+        ),
+        (
+            {"space": {"losses.soft.weight": {"uniform": [0, 1], "when": {"losses.soft.typ": "forward_kl"}}}},
+            "search.space.losses.soft.weight.when: there is no setting losses.soft.typ; the nearest is losses.soft.type",
+        ),
+        ({"searcher": {"type": "grid"}}, "search.trials is 8, but the grid has more points"),
         ({"scheduler": {"type": "asha", "every": 0.1}}, 'unknown key "search.scheduler.every"'),
         ({"scheduler": {"type": "hyperband"}}, "search.scheduler"),
         ({"searcher": {"type": "bohb"}}, "search.searcher"),
@@ -139,3 +148,15 @@ def test_what_cannot_take_effect_is_refused(changes, message):
 def test_a_search_needs_a_teacher_to_learn_from():
     said = told(text(losses={"hard": {"type": "cross_entropy"}}, search={"space": {"losses.hard.weight": {"choice": [1, 2]}}}))
     assert "no loss asks the teacher, so there is nothing to search for" in said
+
+
+def test_a_population_is_of_one_student():
+    students = {"a": {"type": "layers", "layers": [0]}, "b": {"type": "layers", "layers": [0, 1]}}
+    assert "scheduler pbt needs one student" in told(text(student=None, students=students, search={**SEARCH, "scheduler": {"type": "pbt"}}))
+
+
+def test_where_the_job_has_gpus_a_search_says_what_a_trial_gets():
+    assert "say which share of one a trial gets" in told(text(cluster={"gpus_per_worker": 1}, search=SEARCH))
+    assert (
+        parse(text(cluster={"gpus_per_worker": 1}, search={**SEARCH, "gpus_per_worker": 0.5}), [], "job.yaml").search.gpus_per_worker == 0.5
+    )

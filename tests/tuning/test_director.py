@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.tuning.driving import CONFIRMED, KEEP, LATENCIES, MEASURED, TRIALS, said, scores, states
-from tuning.director import MAX_REFUSED
+from tuning.director import MAX_REFUSED, kind_of
 from tuning.ledger import Task, read_search
 from tuning.searchers import Outcome
 
@@ -320,3 +320,16 @@ def test_a_score_that_is_not_a_number_reaches_the_observer_beside_a_point_of_its
         ["train/rows", "validation/nll"],
     ]
     assert driver.search.trials[0].curve == [(10, {"train/rows": 50.0, "train/loss": 1.0})]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "alike"),
+    [
+        ("error[DST-4001]: no longer finite: step 3, rows 3fa2", "error[DST-4001]: no longer finite: step 40, rows b7c1", True),
+        ("error[DST-4001]: no longer finite: step 3", "error[DST-5001]: no space: /disk", False),
+        ("RuntimeError: tried to allocate 64 bytes", "RuntimeError: tried to allocate 128 bytes", True),
+        ("RuntimeError: tried to allocate", "ValueError: no such thing", False),
+    ],
+)
+def test_causes_are_alike_whatever_step_and_rows(one, other, alike):
+    assert (kind_of(one) == kind_of(other)) is alike

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from distillation.errors import InputError
+from tests.tuning.searches import by_hand
 from tuning.ledger import Search, Task, Trial
 from tuning.pareto import choose, decide, hypervolume, interval, knee, non_dominated, paired_p
 
@@ -434,3 +435,56 @@ def test_no_refit_at_all():
             choose(search, decide(search))
         assert caught.value.code == "DST-3502"
         assert f"found {found}" in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------- where finalists fall short
+
+
+def refitted(search, of, accuracy, role="refit", seed=1, state="finished"):
+    source = search.trials[of].task
+    task = source._replace(role=role, name=f"{source.name}-{role}-{seed}", of=of, seed=seed, fingerprint=f"{source.student}-{role}-{seed}")
+    search.trials.append(Trial(len(search.trials), task, state))
+    if accuracy is not None:
+        search.trials[-1].add(100, {"validation/accuracy": accuracy, "train/rows": 100})
+
+
+def test_where_the_finalists_fall_short_in_full_the_next_larger_one_is_tried():
+    sizes = ("L1", "finished", 0.60, 1e6, 100), ("L2", "finished", 0.71, 2e6, 100), ("L3", "finished", 0.75, 3e6, 100)
+    search = by_hand(*sizes, keep={"validation/accuracy": 0.7}, finalists=1, seeds=1)
+    assert decide(search).finalists == [1]
+    refitted(search, 1, None, state="running")
+    assert decide(search).finalists == [1]  # it is not known yet
+    search.trials[-1].state = "finished"
+    search.trials[-1].add(100, {"validation/accuracy": 0.69, "train/rows": 100})
+    assert decide(search).finalists == [1, 2]
+    refitted(search, 2, 0.74)
+    decision = decide(search)
+    choice = choose(search, decision)
+    assert (decision.finalists, choice["trial"], choice["kept"]) == ([1, 2], 2, True)
+    assert "comes before it and does not" in choice["reason"]
+
+
+def test_where_no_finalist_keeps_it_the_search_ends_with_the_last():
+    sizes = ("L2", "finished", 0.71, 2e6, 100), ("L3", "finished", 0.75, 3e6, 100)
+    search = by_hand(*sizes, keep={"validation/accuracy": 0.7}, finalists=1, seeds=1)
+    refitted(search, 0, 0.68)
+    refitted(search, 1, 0.69)
+    decision = decide(search)
+    assert (decision.finalists, choose(search, decision)["kept"]) == ([0, 1], False)
+
+
+def test_a_baseline_that_two_finalists_have_in_common_counts_for_both():
+    search = by_hand(
+        ("L2", "finished", 0.71, 2e6, 100), ("L2", "finished", 0.72, 2e6, 100), keep={"validation/accuracy": 0.7}, finalists=1, seeds=1
+    )
+    refitted(search, 0, 0.65, "refit-baseline")
+    refitted(search, 1, 0.72)
+    assert choose(search, decide(search))["finalists"][0]["gain"] is None
+    search.remember({"kind": "shared", "time": search.updated, "number": 2, "of": 1})
+    assert choose(search, decide(search))["finalists"][0]["gain"]["mean"] == pytest.approx(0.07)
+
+
+def test_a_bound_is_met_where_only_rounding_is_in_the_way():
+    search = by_hand(("L1", "finished", 90 / 103, 1e6, 100), keep={"validation/retention": 0.9})
+    search.trials[0].metrics["validation/retention"] = (90 / 103) / (100 / 103)
+    assert decide(search).feasible == [0]

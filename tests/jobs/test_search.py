@@ -71,7 +71,9 @@ def ends(place, name):
 @pytest.fixture(scope="module")
 def here(place, first):
     """Search in this process, beside a Ray that is there already: for what needs no process of its own. Returns what was printed."""
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_worker_niceness", "0")  # as the application starts it
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200_000_000)
 
     def search(name, *overrides):
         console = Console(file=io.StringIO(), width=120)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from cluster.journal import Journal
-from cluster.links import chart_url, compare_url, experiment_url, run_url
+from cluster.links import Recorded, compare_url, experiment_url, run_url
 from cluster.outages import Away, prepare_process
 from cluster.tracking import Delivery, Target
 from distillation.errors import TrackingError
@@ -61,12 +61,13 @@ class Tracker:
         return waiting
 
     def experiment_url(self) -> str | None:
-        """Page of all runs, best first. None until the server was reached; so are the next three."""
+        """Page of all runs, best first. None until the server was reached; so are the next ones."""
         return experiment_url(self.uri, self._delivery.experiment_id) if self._delivery.experiment_id else None
 
-    def chart_url(self, metric: str, ascending: bool = False) -> str | None:
-        """Page with charts of the best runs by a metric; `ascending` if less of it is better."""
-        return chart_url(self.uri, self._delivery.experiment_id, metric, ascending) if self._delivery.experiment_id else None
+    def recorded(self) -> Recorded | None:
+        """What of the journal is in MLflow by now. None until the server was reached."""
+        where = self._delivery.experiment_id
+        return Recorded(self.uri, where, dict(self._delivery.runs)) if where else None
 
     def run_url(self, key: str) -> str | None:
         run_id, experiment_id = self._delivery.runs.get(key), self._delivery.experiment_id

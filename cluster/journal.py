@@ -154,17 +154,13 @@ class Journal:
         """End every run that has not ended, at the time of its last event. Returns their keys."""
         keys = list(self._unfinished)
         for key in keys:
-            self._append("finish", key, status=status, time=self._times[key])
+            self._append("finish", key, status=status, time=self._times[key], closed=True)
         return keys
 
     # ------------------------------------------------------------------------------------------------------------ read
 
-    def has_ended(self, key: str) -> bool:
-        """Whether a run was declared, and finished since."""
-        return key in self._times and key not in self._unfinished
-
     def status(self, key: str) -> Status | None:
-        """How a run ended last; None if it has not."""
+        """How a run ended last; None if it has not, or was only closed behind a process that died."""
         return self._statuses.get(key)
 
     def events(self, offset: int = 0, most: int = 2000) -> list[tuple[Event, int]]:
@@ -196,7 +192,8 @@ class Journal:
                 self._statuses.pop(key, None)
             case "finish":
                 self._unfinished.pop(key, None)
-                self._statuses[key] = event["status"]
+                if not event.get("closed"):
+                    self._statuses[key] = event["status"]
             case "params":
                 self._params.setdefault(key, {}).update(event["values"])
             case "metrics":

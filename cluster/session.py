@@ -82,13 +82,17 @@ def cpus_per_worker(config: ClusterConfig) -> int:
     fitting = [n for n in range(1, largest + 1) if places(nodes, n, config.gpus_per_worker) >= config.workers]
     each = config.cpus_per_worker or max(fitting, default=1)
     if places(nodes, each, config.gpus_per_worker) < config.workers and not (config.address and config.cpus_per_worker):
-        has = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
-        raise ClusterError(
-            "DST-6002", "job does not fit the cluster", where="cluster",
-            expected=f"{config.workers} workers with {each} CPUs and {config.gpus_per_worker:g} GPUs each",
-            found=f"nodes with {has}", do="Lower cluster.workers or what each one asks for; set cluster.cpus_per_worker if nodes start on demand",
-        )  # fmt: skip
+        do = "Lower cluster.workers or what each one asks for; set cluster.cpus_per_worker if nodes start on demand"
+        raise does_not_fit("cluster", f"{config.workers} workers", each, config.gpus_per_worker, nodes, do)
     return each
+
+
+def does_not_fit(where: str, workers: str, cpus: int, gpus: float, nodes: Sequence[Mapping[str, float]], do: str) -> ClusterError:
+    has = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+    return ClusterError(
+        "DST-6002", "job does not fit the cluster", where=where, expected=f"{workers} with {cpus} CPUs and {gpus:g} GPUs each",
+        found=f"nodes with {has}", do=do,
+    )  # fmt: skip
 
 
 def places(nodes: Sequence[Mapping[str, float]], cpus: int, gpus: float) -> int:

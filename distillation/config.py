@@ -5,6 +5,7 @@ Settings are refused, never repaired: a value that cannot take effect is an erro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -269,6 +270,11 @@ class PatientKD(Config):
 
 
 LossConfig = Annotated[CrossEntropy | ForwardKL | ReverseKL | JensenShannon | L2Distil | LogitMSE | PatientKD, Field(discriminator="type")]
+
+
+def only_labels(losses: Mapping[str, Any]) -> bool:
+    """Whether all of these terms need labels, so that only labelled rows are trained on."""
+    return all("labels" in loss.needs for loss in losses.values())
 
 
 class FitConfig(Config):

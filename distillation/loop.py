@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distillation.batches import EpochPlan, cut, plan_epoch, share, sorted_batches
 from distillation.checkpoints import Checkpoints, Position
-from distillation.config import LossConfig, TrainingConfig
+from distillation.config import LossConfig, TrainingConfig, only_labels
 from distillation.curves import Curve
 from distillation.errors import DivergedError, InputError
 from distillation.losses import gradient_squares, scored, weigh
@@ -134,13 +134,7 @@ def schedule(lengths: np.ndarray, labelled: np.ndarray, losses: Mapping[str, Los
 
     lengths: tokens of every row, [all rows]. labelled: numbers of the rows that have a label.
     """
-    only_labels = all("labels" in loss.needs for loss in losses.values())
-    return Schedule(lengths, labelled if only_labels else np.arange(len(lengths)), training)
-
-
-def total_steps(lengths: np.ndarray, labelled: np.ndarray, losses: Mapping[str, LossConfig], training: TrainingConfig) -> int:
-    """Optimizer steps of a training. Arguments and errors as of `schedule`."""
-    return schedule(lengths, labelled, losses, training).total
+    return Schedule(lengths, labelled if only_labels(losses) else np.arange(len(lengths)), training)
 
 
 def steps_for(

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cluster import sources
 from distillation import models
-from distillation.config import LayersStudent, PretrainedStudent, ProbeStudent, ScratchStudent, TrainingConfig
+from distillation.config import LayersStudent, PretrainedStudent, ProbeStudent, ScratchStudent, TrainingConfig, only_labels
 from distillation.models import read_config
 from distillation.students import chosen_layers
 from jobs.config import JobConfig
@@ -67,7 +67,7 @@ def lines(plan: Plan) -> list[Line]:
         each = _target_bytes(job, plan, width_of(config) or 0, size.labels)
         state = _state(plan, plan.targets)
         found.append(Line("targets", state, asked, answered, each, int(asked * each), 2.0 * body * answered, "once for all students"))
-    scored = size.labelled if all("labels" in loss.needs for loss in job.active_losses.values()) else size.rows["train"]
+    scored = size.labelled if only_labels(job.active_losses) else size.rows["train"]
     for run in plan.runs:
         parameters = body * _student_share(run.student, depth, body)
         found.append(_training_line(run.name, _state(plan, run.stage), job.training, scored, size, parameters, run.role))

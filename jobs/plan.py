@@ -20,6 +20,7 @@ from distillation.config import (
     ScratchStudent,
     TeacherConfig,
     TrainingConfig,
+    only_labels,
 )
 from distillation.errors import ConfigError, InputError
 from distillation.storage import Storage
@@ -177,7 +178,7 @@ def _runs(job: JobConfig, corpus: Stage, teacher: Stage, targets: Stage | None) 
             # A probe without the teacher's answers still reads its features. The student's losses matter for the number of steps only:
             # an epoch has fewer where they score labelled rows alone.
             reads = targets.fingerprint if isinstance(student, ProbeStudent) else None
-            epoch = "labelled rows" if all("labels" in loss.needs for loss in job.active_losses.values()) else "all rows"
+            epoch = "labelled rows" if only_labels(job.active_losses) else "all rows"
             plain = {**start, "targets": reads, "losses": _losses(job.baseline_losses), "steps_of": epoch}
             runs.append(Run(baseline, "baseline", student, job.baseline_losses, _stage("students", store.fingerprint(plain), plain), None))
     return runs

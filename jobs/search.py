@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 
 from cluster.delivery import Tracker
-from cluster.links import chart_url, compare_url, environment_tags, experiment_url
+from cluster.links import Recorded, chart_url, compare_url, environment_tags, experiment_url
 from cluster.links import recorded as recorded_runs
 from cluster.session import cpus_per_worker
 from cluster.tracking import Target
@@ -105,7 +105,7 @@ def _run(context: Context, tracker: Tracker, ledger: Ledger, fingerprint: str) -
         console.print(sentence, markup=False)
     with context.progress.stage("delivering to MLflow"):
         tracker.close()
-    _links(context, tracker, recorder, decision, places)
+    _links(context, places, _addresses(tracker.recorded(), ledger.search, decision))
 
 
 def _train(context: Context, director: Director, trainings: Trainings, concurrent: int) -> None:
@@ -234,7 +234,7 @@ def _publish(
             name=mine.name, verdict=job_report.verdicts(shown)[mine.name],
         )  # fmt: skip
         picture = front_picture(search, decision, folder / "front.png")
-        write_report(search, decision, places["report"], _addresses(context, tracker, recorder, decision))
+        write_report(search, decision, places["report"], _addresses(tracker.recorded(), search, decision))
         for path in (places["report"], places["best job"], picture):
             journal.file(context.parent, path)
         if context.plan.job.tracking.log_model:
@@ -261,17 +261,24 @@ def write_report(search: Search, decision: Decision, path: Path, links: dict[str
 
 def recorded_report(job: JobConfig, search: Search) -> dict[str, str]:
     """The page of what a ledger holds now, and where to look, by title."""
-    assert job.search is not None
-    folder = folder_of(job)
-    decision, links = decide(search), {}
-    if (known := recorded_runs(folder / "journal.jsonl")) is not None:
-        links["MLflow runs"] = experiment_url(known.uri, known.experiment_id)
-        ascending = QUALITY[search.config.quality] == "min"
-        links["MLflow charts"] = chart_url(known.uri, known.experiment_id, search.config.quality, ascending=ascending)
-        keys = [Recorder.key_of(f"{search.name}/search/{search.fingerprint}", number) for number in decision.front]
-        if runs := [known.runs[key] for key in keys if key in known.runs]:
-            links["MLflow compare"] = compare_url(known.uri, known.experiment_id, runs)
+    folder, decision = folder_of(job), decide(search)
+    links = _addresses(recorded_runs(folder / "journal.jsonl"), search, decision)
     return {"report": str(write_report(search, decision, folder / "report.html", links)), **links}
+
+
+def _addresses(known: Recorded | None, search: Search, decision: Decision) -> dict[str, str]:
+    """Pages of MLflow, by title, as far as what they show was delivered."""
+    if known is None:
+        return {}
+    quality, where = search.config.quality, (known.uri, known.experiment_id)
+    links = {
+        "MLflow runs": experiment_url(*where),
+        "MLflow charts": chart_url(*where, quality, ascending=QUALITY[quality] == "min"),
+    }
+    keys = [Recorder.key_of(f"{search.name}/search/{search.fingerprint}", number) for number in decision.front]
+    if runs := [known.runs[key] for key in keys if key in known.runs]:
+        links["MLflow compare"] = compare_url(*where, runs)
+    return links
 
 
 def _note(context: Context, search: Search, decision: Decision, picture: Path) -> str:
@@ -292,22 +299,10 @@ def target_of_search(job: JobConfig) -> Target:
     return Target(job.tracking, uri, f"{job.name}-search", artifacts, note, columns, ascending=METRICS[columns[0]] == "min")
 
 
-def _addresses(context: Context, tracker: Tracker, recorder: Recorder, decision: Decision) -> dict[str, str]:
-    config = context.plan.job.search
-    assert config is not None
-    keys = [recorder.key(number) for number in decision.front]
-    found = {
-        "MLflow runs": tracker.experiment_url(),
-        "MLflow charts": tracker.chart_url(config.quality, ascending=QUALITY[config.quality] == "min"),
-        "MLflow compare": tracker.compare_url(keys) if keys else None,
-    }
-    return {title: url for title, url in found.items() if url}
-
-
-def _links(context: Context, tracker: Tracker, recorder: Recorder, decision: Decision, places: dict[str, Path]) -> None:
+def _links(context: Context, places: dict[str, Path], addresses: dict[str, str]) -> None:
     console, job = context.progress.console, context.plan.job
     console.print()
-    for name, place in {**places, **_addresses(context, tracker, recorder, decision)}.items():
+    for name, place in {**places, **addresses}.items():
         console.print(f"{name:<16}{place}", markup=False, soft_wrap=True)
     if not job.tracking.uri:
         console.print(f"{'':<16}start the pages with: distill ui --storage {job.cluster.storage}", markup=False, soft_wrap=True)

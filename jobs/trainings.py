@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from distillation import loop, store
-from distillation.config import FitConfig, TrainingConfig
+from distillation.config import FitConfig, TrainingConfig, only_labels
 from distillation.fit import pad_id
 from distillation.models import read_config
 from distillation.rows import open_rows
@@ -146,7 +146,7 @@ class Trainings:
 
     def _task(self, role: Role, config: FitConfig, run: Run, point: Point, of: int | None, seed: int) -> Task:
         key = store.fingerprint(run.student.model_dump(mode="json"))
-        cost, rows = self._sizes(run.student), self._steps(_extent(config.training), _only_labels(config.losses), 1.0)[1]
+        cost, rows = self._sizes(run.student), self._steps(_extent(config.training), only_labels(config.losses), 1.0)[1]
         return Task(role, config.name, point, self._label(run.student), key, config.fingerprint, cost, rows, of, seed)
 
     def _label(self, student: Any) -> str:
@@ -158,16 +158,11 @@ class Trainings:
 
     def _total(self, plan: Plan, share: float) -> tuple[int, int]:
         """Steps of a student's training, up to a share of its rows, and how many rows these are."""
-        return self._steps(_extent(plan.job.training), _only_labels(plan.job.active_losses), share)
+        return self._steps(_extent(plan.job.training), only_labels(plan.job.active_losses), share)
 
-    def _count_steps(self, training: TrainingConfig, only_labels: bool, share: float) -> tuple[int, int]:
-        losses = TEACHER_LOSSES if only_labels else self._plan.job.active_losses
+    def _count_steps(self, training: TrainingConfig, labelled: bool, share: float) -> tuple[int, int]:
+        losses = TEACHER_LOSSES if labelled else self._plan.job.active_losses
         return loop.steps_for(self._train.lengths, self._train.labelled, losses, training, share)
-
-
-def _only_labels(losses: Mapping[str, Any]) -> bool:
-    """Whether only labelled rows are trained on: a baseline takes as many steps as its student, but may see other rows."""
-    return all("labels" in loss.needs for loss in losses.values())
 
 
 def _extent(training: TrainingConfig) -> TrainingConfig:

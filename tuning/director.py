@@ -16,9 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 from distillation.errors import ClusterError, ConfigError, DistilleryError
-from tuning.config import QUALITY
 from tuning.ledger import Ledger, Role, State, Task, Trial
-from tuning.pareto import Decision, decide
+from tuning.pareto import Decision, decide, merit
 from tuning.schedulers import Buckets
 from tuning.searchers import Outcome, Searcher
 
@@ -308,8 +307,7 @@ class Director:
         for number in decision.front:
             trial = self.search.trials[number]
             other = best.setdefault(trial.task.student_key, trial)
-            sign = 1 if QUALITY[self.config.quality] == "max" else -1
-            if sign * trial.metrics[self.config.quality] > sign * other.metrics[self.config.quality]:
+            if merit(self.config, trial.metrics) > merit(self.config, other.metrics):
                 best[trial.task.student_key] = trial
         for trial in best.values():
             if (proposal := self._proposer.baseline(trial)) is not None:

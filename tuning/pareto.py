@@ -127,7 +127,7 @@ def decide(search: Search) -> Decision:
     config = search.config
     values = {trial.number: search.values(trial) for trial in search.of_role("trial") if trial.state == "finished"}
     values = {number: known for number, known in values.items() if known.keys() >= config.objectives.keys()}
-    numbers = sorted(values, key=lambda n: (values[n][config.size], -_merit(config, values[n]), n))
+    numbers = sorted(values, key=lambda n: (values[n][config.size], -merit(config, values[n]), n))
     points = [[values[n][name] for name in config.objectives] for n in numbers]
     maximise = [direction == "max" for direction in config.objectives.values()]
     front, best = non_dominated(points, maximise), knee(points, maximise)
@@ -135,7 +135,7 @@ def decide(search: Search) -> Decision:
     feasible = [n for n in numbers if _keeps(config, values[n])]
     nearest = [] if feasible else sorted(numbers, key=misses.__getitem__)
     if config.keep:
-        preferred = nearest or sorted(feasible, key=lambda n: (-_merit(config, values[n]), n))
+        preferred = nearest or sorted(feasible, key=lambda n: (-merit(config, values[n]), n))
     else:
         preferred = [numbers[i] for i in _from_knee(points, maximise, front, best)]
     finalists = _one_each(search, preferred)
@@ -195,7 +195,7 @@ def missing(constraints: Iterable[Constraint], values: Mapping[str, float]) -> t
     return sum(share is None for share in known), math.fsum(share for share in known if share is not None)
 
 
-def _merit(config: SearchConfig, values: Mapping[str, float]) -> float:
+def merit(config: SearchConfig, values: Mapping[str, float]) -> float:
     """The quality that trials are compared by, where more is better."""
     return values[config.quality] * (1 if QUALITY[config.quality] == "max" else -1)
 
@@ -269,7 +269,7 @@ def choose(search: Search, decision: Decision) -> dict[str, Any]:
     kept = [finalist for finalist in ready if finalist["kept"]]
     chosen = kept[0] if kept else min(ready, key=lambda finalist: missing(config.constraints, finalist["values"]))
     refits = [search.trials[number] for number in chosen["refits"]]
-    refit = min(refits, key=lambda trial: (-_merit(config, trial.metrics), trial.task.seed))
+    refit = min(refits, key=lambda trial: (-merit(config, trial.metrics), trial.task.seed))
     return {
         "trial": chosen["trial"],
         "refit": refit.number,
@@ -328,7 +328,7 @@ def _gain(config: SearchConfig, pairs: Sequence[tuple[Trial, Trial]]) -> dict[st
     """What distillation brought, seed by seed; more is better."""
     if not pairs:
         return None
-    ours, theirs = ([_merit(config, trial.metrics) for trial in side] for side in zip(*pairs, strict=True))
+    ours, theirs = ([merit(config, trial.metrics) for trial in side] for side in zip(*pairs, strict=True))
     found = interval([a - b for a, b in zip(ours, theirs, strict=True)])
     return {"metric": config.quality, **found, "p": paired_p(ours, theirs)}
 

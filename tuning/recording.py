@@ -65,12 +65,14 @@ class Recorder:
         """Bring to the journal what the ledger has and it has not: a process was killed between the two, or the journal was moved away."""
         for trial in search.trials:
             status = self._journal.status(self.key(trial.number))
-            if trial.state in ("refused", "running") or status == STATUS[trial.state]:  # what runs is started by the director
+            if trial.state == "refused" or (trial.state != "running" and status == STATUS[trial.state]):
+                continue
+            if trial.state == "running" and not trial.curve:  # the director starts it
                 continue
             self.started(trial)
             for step, metrics in trial.curve:
                 self.point(trial, step, metrics)
-            self.ended(trial)
+            self.ended(trial)  # not of one that runs
 
 
 def flat_point(point: Mapping[str, Any]) -> dict[str, Scalar]:

@@ -23,7 +23,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from cluster.config import ClusterConfig
-from cluster.session import cpus_per_worker, places
+from cluster.session import cpus_per_worker, does_not_fit, places
 from distillation.errors import ClusterError
 from distillation.storage import Storage
 from tuning.config import SearchConfig
@@ -40,12 +40,8 @@ def require_room(config: SearchConfig, cluster: ClusterConfig) -> int:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     room = places(nodes, config.cpus_per_worker, config.gpus_per_worker) // config.workers_per_trial
     if room == 0:
-        has = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
-        raise ClusterError(
-            "DST-6002", "job does not fit the cluster", where="search",
-            expected=f"{config.workers_per_trial} workers a trial with {config.cpus_per_worker} CPUs and {config.gpus_per_worker:g} GPUs each",
-            found=f"nodes with {has}", do="Lower search.workers_per_trial or what each one asks for",
-        )  # fmt: skip
+        workers, do = f"{config.workers_per_trial} workers a trial", "Lower search.workers_per_trial or what each one asks for"
+        raise does_not_fit("search", workers, config.cpus_per_worker, config.gpus_per_worker, nodes, do)
     cpus_per_worker(cluster)
     return min(room, config.concurrent or room)
 
@@ -102,18 +98,14 @@ def run(
         while thread.is_alive():
             thread.join(REFRESH_SECONDS)
             look()
-    except BaseException:
-        director.close()
-        thread.join(STOP_SECONDS)
-        storage.delete(f".ray/{name}")
-        raise
-    try:
         outcome.result()
     except (tune.TuneError, ray.exceptions.RayError) as error:
         raise director.failure or ClusterError(
             "DST-6007", "Ray Tune stopped", where=name, found=cause_of(error), do="Search again: it goes on where it stopped"
         ) from error
     finally:
+        director.close()
+        thread.join(STOP_SECONDS)
         storage.delete(f".ray/{name}")
     if director.failure is not None:
         raise director.failure

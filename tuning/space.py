@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import itertools
 import math
 import random
 import re
@@ -20,9 +19,6 @@ Point = dict[str, Any]
 
 Settings = Mapping[str, Any]
 """Nested, as a job file dumps to."""
-
-MOST = 100_000
-"""Where counting the points of a space stops."""
 
 _NOWHERE = object()
 
@@ -148,18 +144,6 @@ class Space:
                 return
             script = [which for which, _ in taken]
             script[-1] += 1
-
-    def size(self) -> int | None:
-        """Number of points, where `MOST` stands for that many or more; None where a knob is uniform or log_uniform."""
-        finite = {path: values(knob) for path, knob in self.knobs.items()}
-        counts = {path: found.size for path, found in finite.items() if found is not None}
-        if len(counts) < len(self.knobs):
-            return None
-        # Only knobs with a condition, and those that a condition looks at, have to be gone through.
-        watched = {seen for knob in self.knobs.values() for seen in knob.when}
-        tangled = {p: knob for p, knob in self.knobs.items() if knob.when or any(_touches(p, seen) for seen in watched)}
-        combinations = sum(1 for _ in itertools.islice(Space(tangled, self.base).grid(2), MOST))
-        return min(MOST, combinations * math.prod(count for path, count in counts.items() if path not in tangled))
 
 
 def _order(knobs: Mapping[str, KnobConfig]) -> list[str]:

@@ -99,7 +99,9 @@ def test_journal_knows_what_has_ended(tmp_path: Path) -> None:
         journal.finish("again", "KILLED")
         journal.run("again", name="again", parent=JOB)
     with Journal(path) as journal:
-        assert [journal.has_ended(key) for key in (JOB, STUDENT, "again", "unknown")] == [False, True, False, False]
+        assert [journal.status(key) for key in (JOB, STUDENT, "again", "unknown")] == [None, "FINISHED", None, None]
+        assert journal.finish_unfinished("KILLED") == [JOB, "again"]
+        assert journal.status("again") is None  # nobody said how it ended
 
 
 def test_note_names_declared_runs_only(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from distillation import fit, store
 from distillation.batches import plan_epoch
 from distillation.config import Features, JensenShannon, PatientKD, TargetsConfig, TrainingConfig
 from distillation.errors import InputError
-from distillation.loop import LocalSession, steps_for, total_steps
+from distillation.loop import LocalSession, steps_for
 from tests.tiny import LOSSES, rows_of, settings, world
 
 
@@ -171,7 +171,7 @@ def test_steps_for_a_share_by_hand():
     # Ten rows of 8 tokens, 16 tokens a batch: two rows a step, five steps an epoch, twenty rows in two epochs.
     lengths, everything, both = np.full(10, 8), np.arange(10), {"soft": LOSSES["soft"]}
     two = TrainingConfig(epochs=2, batch_tokens=16)
-    assert total_steps(lengths, everything, both, two) == 10
+    assert steps_for(lengths, everything, both, two, 1.0)[0] == 10
     assert steps_for(lengths, everything, both, two, 1.0) == (10, 20)
     assert steps_for(lengths, everything, both, two, 0.5) == (5, 10)
     assert steps_for(lengths, everything, both, two, 0.51) == (6, 12)
@@ -179,17 +179,17 @@ def test_steps_for_a_share_by_hand():
     assert steps_for(lengths, everything, both, two, 1e-9) == (1, 2)
     # Losses that need labels see the labelled rows only: three of them, two steps an epoch.
     some, hard = np.array([0, 4, 7]), {"hard": LOSSES["hard"]}
-    assert total_steps(lengths, some, hard, two) == 4
+    assert steps_for(lengths, some, hard, two, 1.0)[0] == 4
     assert steps_for(lengths, some, hard, two, 1.0) == (4, 6)
-    assert total_steps(lengths, some, LOSSES, two) == 10
+    assert steps_for(lengths, some, LOSSES, two, 1.0)[0] == 10
     seven = two.model_copy(update={"epochs": None, "steps": 7})
-    assert total_steps(lengths, everything, both, seven) == 7
+    assert steps_for(lengths, everything, both, seven, 1.0)[0] == 7
     assert steps_for(lengths, everything, both, seven, 1.0) == (7, 14)
     assert steps_for(lengths, everything, both, seven, 0.75) == (6, 12)
     many = two.model_copy(update={"epochs": None, "steps": 25})
     assert steps_for(lengths, everything, both, many, 0.28) == (7, 14)  # in floating point 0.28 * 50 is more than 14
     with pytest.raises(InputError, match="DST-3302"):
-        total_steps(lengths, np.zeros(0, np.int64), hard, two)
+        steps_for(lengths, np.zeros(0, np.int64), hard, two, 1.0)
 
 
 @pytest.mark.parametrize("losses", [LOSSES, {"hard": LOSSES["hard"]}])
@@ -202,4 +202,4 @@ def test_a_training_of_so_many_steps_sees_so_many_rows(storage, losses):
         found = dict(column(history(storage, f"share-{share}", losses=losses, training=training, keep_model=False), "train/rows"))
         assert max(found) == steps
         assert found[steps - 1] < share * whole <= found[steps] == seen
-    assert total_steps(rows.lengths, rows.labelled, losses, plan()) == steps
+    assert steps_for(rows.lengths, rows.labelled, losses, plan(), 1.0)[0] == steps

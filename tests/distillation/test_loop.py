@@ -257,6 +257,14 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(storage, tmp_path):
         trained(storage, "nan", student=PretrainedStudent(type="pretrained", model=str(folder)))
 
 
+def test_a_score_that_is_not_finite_ends_the_run_though_the_loss_was(storage):
+    """The last step leaves weights of 1e38: the loss before it was fine, and a score from before would be believed."""
+    session = LocalSession()
+    with pytest.raises(DivergedError, match=r"DST-4001.*evaluation after step 1\b.*validation/nll=nan"):
+        trained(storage, "leaps", session, training=faster(epochs=None, steps=1, learning_rate=1e38, warmup=0.0))
+    assert not [metrics for _, metrics in session.history if "validation/nll" in metrics]
+
+
 def test_no_rows_to_train_on(storage):
     rows = rows_of(storage, with_targets=False)
     rows.labels[:] = -1

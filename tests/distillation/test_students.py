@@ -217,6 +217,16 @@ def test_sizes_of_other_architectures(tmp_path, kind, sizes):
     assert found["flops"] == flops(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
+def test_an_architecture_that_does_not_take_the_sizes_is_an_error_of_ours(tmp_path):
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 40}
+    DebertaV2ForSequenceClassification(DebertaV2Config(**sizes, pooler_hidden_size=16)).save_pretrained(tmp_path)
+    smaller = ScratchStudent(type="scratch", layers=1, hidden_size=8, heads=2, intermediate_size=16)
+    with pytest.raises(InputError, match=r"DST-3210.*architecture cannot be built at these sizes.*Use other sizes"):
+        size_of(smaller, tmp_path, LABELS, 6)
+
+
 def test_an_outline_reads_no_tensor_and_refuses_what_cannot_be_built(teacher, tmp_path):
     from safetensors.torch import save_file
 

@@ -1,5 +1,6 @@
 """The points of a space, by hand and by property: order, conditions, values, names."""
 
+import itertools
 import math
 import random
 import time
@@ -11,7 +12,7 @@ from pydantic import TypeAdapter
 
 from distillation.errors import ConfigError
 from tuning.config import KnobConfig
-from tuning.space import MOST, Space, identity, nearest, paths, sample, trial_name, values
+from tuning.space import Space, identity, nearest, paths, sample, trial_name, values
 
 KNOBS = TypeAdapter(dict[str, KnobConfig])
 
@@ -165,7 +166,6 @@ def test_a_grid_goes_through_all_combinations_in_order_and_respects_conditions()
         {"losses.soft": kl, "training.epochs": 2},
         *({"losses.soft": jsd, "losses.soft.beta": beta, "training.epochs": epochs} for beta in (0.0, 0.5, 1.0) for epochs in (1, 2)),
     ]
-    assert over.size() is None
 
 
 @pytest.mark.parametrize(
@@ -196,21 +196,19 @@ def test_the_size_of_a_space_by_hand():
         "student.count": {"choice": [1, 2, 3]},
     }
     over = space(knobs)
-    assert over.size() == (2 + 5 * 2 + 1) * 4 * 3
-    assert len({identity(point) for point in over.grid(2)}) == len(list(over.grid(2))) == 156
+    assert len({identity(point) for point in over.grid(2)}) == len(list(over.grid(2))) == (2 + 5 * 2 + 1) * 4 * 3 == 156
     del knobs["losses.soft"]  # forward_kl, as the job says
-    assert space(knobs).size() == 2 * 4 * 3
+    assert len(list(space(knobs).grid(2))) == 2 * 4 * 3
 
 
-def test_counting_a_big_space_stops():
+def test_a_big_grid_is_made_as_it_is_asked_for():
     start = time.monotonic()
     many = {f"training.a{i}": {"integer": [1, 1000]} for i in range(20)}
-    assert space(many).size() == MOST
-    assert space({"training.epochs": {"quantized": [0, 1e9, 0.1]}}).size() == MOST
-    assert space({**many, "training.b": {"choice": [1, 2], "when": {"student.type": "layers"}}}).size() == MOST
+    for knobs in (many, {"training.epochs": {"quantized": [0, 1e9, 0.1]}}):
+        assert len(list(itertools.islice(space(knobs).grid(2), 1000))) == 1000
     assert time.monotonic() - start < 1
     chained = {f"training.a{i}": {"choice": [1, 2], "when": {f"training.a{i - 1}": 1} if i else {}} for i in range(30)}
-    assert space(chained).size() == 31  # 2, 12, 112, ..., and all ones
+    assert len(list(space(chained).grid(2))) == 31  # 2, 12, 112, ..., and all ones
 
 
 # ---------------------------------------------------------------------------------------------------------------- sampling
@@ -299,8 +297,6 @@ def test_every_draw_lies_in_its_domains_and_its_conditions_hold(knobs, generator
     for point in drawn:
         check_point(over, knobs, point)
     assert len({identity(point) for point in drawn}) == len(drawn)
-    if over.size() is not None and over.size() < 50:
-        assert len(drawn) == over.size()
 
 
 # ------------------------------------------------------------------------------------------------------- paths and names

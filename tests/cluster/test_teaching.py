@@ -47,6 +47,15 @@ def cluster(tmp_path_factory):
         ray.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the workers have: on some processors sums over several threads differ in their last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory):
     """150 rows to answer, in parts of 5."""
@@ -58,7 +67,7 @@ def storage(tmp_path_factory):
 
 
 def taught(storage, output, count=1, targets=FEATURES, **changes):
-    cluster = ClusterConfig(storage=storage.uri, workers=count, max_failures=0)
+    cluster = ClusterConfig(storage=storage.uri, workers=count, cpus_per_worker=1, max_failures=0)
     values = {
         "fingerprint": output,
         "made_from": {},

@@ -41,11 +41,11 @@ def answering():
     def start(status: int, body: bytes = b"{}") -> str:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
+                seen.append(self.headers.get("Authorization"))  # first: the client may look as soon as it has the body
                 self.send_response(200 if self.path == "/health" else status)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
-                seen.append(self.headers.get("Authorization"))
 
             def log_message(self, *_):
                 pass

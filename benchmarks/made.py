@@ -35,6 +35,8 @@ def corpus(storage: Storage, folder: str, rows: dict[str, int], part_rows: int =
                     "text": pa.array([""] * len(ids)),
                     "label": labels[some],
                     "length": sizes,
+                    "scored": np.ones(len(ids), np.int32),
+                    "labelled": np.ones(len(ids), np.int32),
                     "input_ids": pa.ListArray.from_arrays(pa.array(offsets), pa.array(values)),
                 }
             )

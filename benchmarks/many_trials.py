@@ -119,7 +119,7 @@ def run(file: str) -> tuple[dict[int, float], float, float]:
             journal.run("nothing", name="nothing")
             ledger.begin(job.name, job.model_dump(mode="json"), "none", {"validation/accuracy": 0.8})
             director = Director(ledger, build_searcher(job.search, job.space()), work, Recorder(journal, "nothing"), lambda trial: None)
-            context = {"quality": job.search.quality, "maximise": True, "teacher_accuracy": 0.8}
+            context = {"quality": job.search.quality, "maximise": True, "teacher": {"metric": "validation/accuracy", "value": 0.8}}
 
             started = time.perf_counter()
             tune.run(director, build_scheduler(job.search, 1000), job.cluster, concurrent, context, lambda: None, trial=nothing)

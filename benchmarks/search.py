@@ -171,12 +171,12 @@ def one_as_others(trial: dict[str, object], place: str) -> None:
     (corpus,), (folder,) = storage.list("corpora"), storage.list("teachers")
     labels = store.find(storage, f"corpora/{corpus}").facts["labels"]
     task = build_task(TextClassification(max_length=64), 0)
-    rows = open_rows(storage, f"corpora/{corpus}", None, "train", task)
+    rows = open_rows(storage, f"corpora/{corpus}", {}, "train", task)
     point, source = trial["point"], Path(storage.path(f"teachers/{folder}"))
     weight, temperature = point["losses.soft.weight"], point["losses.soft.temperature"]
     torch.manual_seed(0)
-    teacher = models.load_classifier(source).eval()
-    student = build_student(LayersStudent(**point["student"]), source, labels, report_layers=(), dropout=0.0, seed=0).train()
+    teacher = models.load(source, task.config).eval()
+    student = build_student(LayersStudent(**point["student"]), source, task.config, labels, dropout=0.0, seed=0).train()
     size = round(JOB["training"]["batch_tokens"] / float(rows.lengths.mean()))
     steps = round(trial["rows"] / size)
     optimizer = torch.optim.AdamW(student.parameters(), lr=point["training.learning_rate"])
@@ -186,8 +186,8 @@ def one_as_others(trial: dict[str, object], place: str) -> None:
     for step in range(steps):
         batch = rows.batch(order[step * size : (step + 1) * size])
         with torch.no_grad():
-            said = teacher(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        logits = student(batch.input_ids, batch.attention_mask).logits
+            said = teacher(**batch.inputs).logits
+        logits = student(**batch.inputs).logits
         soft = torch.nn.functional.kl_div(
             torch.log_softmax(logits / temperature, -1), torch.softmax(said / temperature, -1), reduction="batchmean"
         )
@@ -199,12 +199,12 @@ def one_as_others(trial: dict[str, object], place: str) -> None:
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    held = open_rows(storage, f"corpora/{corpus}", None, "validation", task)
+    held = open_rows(storage, f"corpora/{corpus}", {}, "validation", task)
     right = 0
     with torch.no_grad():
         for start in range(0, len(held), 64):
             batch = held.batch(np.arange(start, min(start + 64, len(held))))
-            right += int((student.eval()(batch.input_ids, batch.attention_mask).logits.argmax(-1) == batch.labels).sum())
+            right += int((student.eval()(**batch.inputs).logits.argmax(-1) == batch.labels).sum())
     print(right / len(held))
 
 

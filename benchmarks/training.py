@@ -13,21 +13,31 @@ import numpy as np
 import torch
 
 from benchmarks.made import LABELS, MODEL, corpus, line
-from cluster import teaching, training
+from cluster import training
 from cluster.config import ClusterConfig
 from cluster.session import connect
 from distillation import fit, models, store
+from distillation.answers import answer_part, make_teacher
 from distillation.batches import plan_epoch, sorted_batches
-from distillation.config import CrossEntropy, FitConfig, ForwardKL, LayersStudent, TargetsConfig, TextClassification, TrainingConfig
+from distillation.config import (
+    CrossEntropy,
+    DenseLogits,
+    FitConfig,
+    ForwardKL,
+    LayersStudent,
+    TargetsConfig,
+    TextClassification,
+    TrainingConfig,
+)
 from distillation.loop import make_optimizer
 from distillation.rows import open_rows
-from distillation.signals import Classifier
 from distillation.storage import Storage
 from distillation.students import build_student
 from distillation.tasks import build_task
 
 STEPS, WARM = 40, 10
 LOSSES = {"hard": CrossEntropy(type="cross_entropy", weight=0.3), "soft": ForwardKL(type="forward_kl", temperature=2.0, weight=0.7)}
+TARGETS = TargetsConfig(logits=DenseLogits())
 STUDENT = LayersStudent(type="layers", layers=(0, 5))
 
 
@@ -37,8 +47,8 @@ def main() -> None:
         corpus(storage, "corpora/c", {"train": 8192, "validation": 64})
         models.quiet()
         source = models.locate(MODEL)
-        teacher = models.load_classifier(source, LABELS)
-        fit.commit_model(storage, "teachers/t", teacher, source, LABELS, "t", {}, {"result": {}, "history": []})
+        teacher = models.load(source, TextClassification(), LABELS)
+        fit.commit_model(storage, "teachers/t", teacher, source, TextClassification(), LABELS, "t", {}, {"result": {}, "history": []})
         print("| what | ours | other | ratio | bar |\n|---|---|---|---|---|")
         teacher_inference(storage, teacher)
         student_training(storage, teacher)
@@ -47,8 +57,8 @@ def main() -> None:
 
 def teacher_inference(storage: Storage, teacher: object) -> None:
     """The function that fills a part, and its commit, against a forward pass over sorted rows that keeps nothing."""
-    rows = open_rows(storage, "corpora/c", None, "train", task())
-    model = Classifier(teacher)
+    rows = open_rows(storage, "corpora/c", {}, "train", task())
+    model = make_teacher(teacher, TextClassification(), TARGETS)
     bf16 = models.use_bf16("auto", torch.device("cpu"))
     bare = []
     for _ in range(2):
@@ -57,19 +67,17 @@ def teacher_inference(storage: Storage, teacher: object) -> None:
         for piece in sorted_batches(rows.lengths, 8192):
             batch = rows.batch(piece)
             with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                model(batch.input_ids, batch.attention_mask)
+                model(batch.inputs, batch.scored, batch.tokens, batch.lengths)
         bare.append(len(rows) / (time.perf_counter() - started))
     started = time.perf_counter()
-    table = teaching.answer_part(model, rows, TargetsConfig(), 8192, bf16, torch.device("cpu"))
+    table, _ = answer_part(model, rows, TARGETS, 8192, bf16, torch.device("cpu"))
     part = store.find(storage, "corpora/c").splits["train"][0]
     record = store.write_part(storage, "targets/x", part.name.removesuffix(".arrow"), table, part.tokens)
     line("teacher into the store / bare sorted forward", len(rows) / (time.perf_counter() - started), max(bare), "rows/s", ">= 0.90")
-    rest = open_rows(storage, "corpora/c", None, "validation", task())
+    rest = open_rows(storage, "corpora/c", {}, "validation", task())
     name = store.find(storage, "corpora/c").splits["validation"][0].name.removesuffix(".arrow")
-    other = store.write_part(
-        storage, "targets/x", name, teaching.answer_part(model, rest, TargetsConfig(), 8192, bf16, torch.device("cpu")), 0
-    )
-    facts = {"corpus": "c", "layers": [], "labels": list(LABELS)}
+    other = store.write_part(storage, "targets/x", name, answer_part(model, rest, TARGETS, 8192, bf16, torch.device("cpu"))[0], 0)
+    facts = {"corpus": "c", "targets": TARGETS.model_dump(mode="json"), "labels": list(LABELS)}
     splits = {"train": (record,), "validation": (other,)}
     store.commit(storage, "targets/x", store.Manifest(kind="targets", fingerprint="x", made_from={}, splits=splits, facts=facts))
 
@@ -106,7 +114,7 @@ def in_app(storage: Storage, name: str, workers: int, threads: int) -> float:
 def bare_loop(storage: Storage) -> float:
     """What the app is held against: the same batches, model, loss and optimizer, and nothing else."""
     config = settings(storage, "bare").training
-    rows = open_rows(storage, "corpora/c", "targets/x", "train", task())
+    rows = open_rows(storage, "corpora/c", {"teacher": "targets/x"}, "train", task())
     plan = plan_epoch(rows.lengths, np.arange(len(rows)), config.batch_tokens, config.seed, 0)
     model = student(storage).train()
     optimizer = make_optimizer(model, config)
@@ -117,7 +125,7 @@ def bare_loop(storage: Storage) -> float:
             seen, started = 0, time.perf_counter()
         batch = rows.batch(plan.batch(step))
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            logits = model(batch.input_ids, batch.attention_mask).logits.float()
+            logits = model(**batch.inputs).logits.float()
         hard = torch.nn.functional.cross_entropy(logits, batch.labels)
         p, q = torch.log_softmax(batch.signal.logits.float() / 2, -1), torch.log_softmax(logits / 2, -1)
         loss = 0.3 * hard + 0.7 * 4 * torch.nn.functional.kl_div(q, p, reduction="batchmean", log_target=True)
@@ -131,7 +139,7 @@ def bare_loop(storage: Storage) -> float:
 
 def as_others(storage: Storage, teacher: torch.nn.Module) -> float:
     """Hinton's loop as most scripts have it: rows at random, padded to the longest, the teacher asked every step, fp32."""
-    rows = open_rows(storage, "corpora/c", None, "train", task())
+    rows = open_rows(storage, "corpora/c", {}, "train", task())
     order = np.random.default_rng(0).permutation(len(rows))
     size = int(4096 / rows.lengths.mean())
     model = student(storage).train()
@@ -143,8 +151,8 @@ def as_others(storage: Storage, teacher: torch.nn.Module) -> float:
             seen, started = 0, time.perf_counter()
         batch = rows.batch(order[step * size : (step + 1) * size])
         with torch.no_grad():
-            said = teacher(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        logits = model(batch.input_ids, batch.attention_mask).logits
+            said = teacher(**batch.inputs).logits
+        logits = model(**batch.inputs).logits
         kl = torch.nn.functional.kl_div(torch.log_softmax(logits / 2, -1), torch.softmax(said / 2, -1), reduction="batchmean")
         loss = 0.3 * torch.nn.functional.cross_entropy(logits, batch.labels) + 0.7 * 4 * kl
         optimizer.zero_grad()
@@ -160,13 +168,13 @@ def task() -> object:
 
 def student(storage: Storage) -> torch.nn.Module:
     folder: Path = fit.model_folder(storage, "teachers/t")
-    return build_student(STUDENT, folder, LABELS, report_layers=(), dropout=0.0, seed=0)
+    return build_student(STUDENT, folder, TextClassification(), LABELS, dropout=0.0, seed=0)
 
 
 def settings(storage: Storage, name: str) -> FitConfig:
     return FitConfig(
         name=name, task=TextClassification(), labels=LABELS, student=STUDENT, losses=LOSSES, storage=storage.uri, corpus="corpora/c",
-        training=TrainingConfig(steps=STEPS, batch_tokens=4096, log_every=10, checkpoint_every=0), targets="targets/x",
+        training=TrainingConfig(steps=STEPS, batch_tokens=4096, log_every=10, checkpoint_every=0), targets={"teacher": "targets/x"},
         teacher="teachers/t", output=f"students/{name}", fingerprint=name,
     )  # fmt: skip
 

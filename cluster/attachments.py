@@ -51,7 +51,7 @@ def _file(client: MlflowClient, run_id: str, event: Event) -> None:
 def _model(client: MlflowClient, experiment_id: str, run_id: str, event: Event, mark: str) -> None:
     """mark: by it the model is found again."""
     folder = Path(event["folder"])
-    if not all((folder / f"{name}.json").is_file() for name in ("config", "tokenizer_config")):
+    if not (folder / "config.json").is_file():
         _log.warning("tracking: %s is gone and cannot be shown with %s", folder, event["key"])
         return
     found = client.search_logged_models([experiment_id], f"tags.`distillery.model` = '{mark}'", max_results=1)

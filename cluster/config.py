@@ -96,13 +96,63 @@ class DocstringsCorpus(_Corpus):
         return self
 
 
-def _check_shares(corpus: FilesCorpus | HubCorpus | DocstringsCorpus) -> None:
+class TextCorpus(_Corpus):
+    """Plain text in UTF-8, without labels: documents for a language model or for embeddings."""
+
+    type: Literal["text"]
+    train: str | tuple[str, ...]
+    """Paths or globs, local or s3://..."""
+    validation: str | tuple[str, ...] | float = 0.1
+    """Paths or globs, or the share of the training documents to set aside."""
+    test: str | tuple[str, ...] | float = 0.1
+    documents: Literal["file", "blank_line", "heading"] = "file"
+    """Where a document ends: with its file, at a blank line, or before a heading of the first level as WikiText writes it (= Title =)."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> TextCorpus:
+        _check_shares(self)
+        return self
+
+
+class SourceCorpus(_Corpus):
+    """Source code of installed Python, read and never imported."""
+
+    type: Literal["source"]
+    packages: tuple[str, ...] = Field(min_length=1)
+    """Top-level import names; "stdlib" is the standard library."""
+    per_package: int = Field(200, ge=1)
+    """Most files of one library."""
+    kind: Literal["documents", "tokens"] = "documents"
+    """documents: the text of each file. tokens: top-level functions, classes and other statements as words, each with what it is there."""
+    validation: float = 0.1
+    test: float = 0.1
+
+    @model_validator(mode="after")
+    def _shares(self) -> SourceCorpus:
+        _check_shares(self)
+        return self
+
+
+class DigitsCorpus(_Corpus):
+    """The 1,797 handwritten digits that come with scikit-learn: images of 8x8 grey pixels."""
+
+    type: Literal["digits"]
+    validation: float = 0.1
+    test: float = 0.1
+
+    @model_validator(mode="after")
+    def _shares(self) -> DigitsCorpus:
+        _check_shares(self)
+        return self
+
+
+def _check_shares(corpus: FilesCorpus | HubCorpus | DocstringsCorpus | TextCorpus | SourceCorpus | DigitsCorpus) -> None:
     shares = [s for s in (corpus.validation, corpus.test) if isinstance(s, float)]
     if any(s <= 0 for s in shares) or sum(shares) >= 1:
         raise ValueError(f"shares of validation and test must be above 0 and leave rows to train on, got {shares}")
 
 
-CorpusConfig = Annotated[FilesCorpus | HubCorpus | DocstringsCorpus, Field(discriminator="type")]
+CorpusConfig = Annotated[FilesCorpus | HubCorpus | DocstringsCorpus | TextCorpus | SourceCorpus | DigitsCorpus, Field(discriminator="type")]
 
 
 # ------------------------------------------------------------------------------------------------------------- tracking

@@ -25,31 +25,41 @@ from ray.exceptions import RayError
 
 from cluster import sources
 from cluster.config import CorpusConfig
+from cluster.kinds import label_of
 from cluster.reading import Unit
 from cluster.session import unwrap
-from cluster.shaping import PART_SCHEMA, PLACES, SPLITS, Tallies, count_block, encode_block, read_bundle, select
-from distillation.config import TaskConfig
+from cluster.shaping import PLACES, SPLITS, Tallies, count_block, encode_block, read_bundle, select
+from distillation import encoding
+from distillation.config import Embedding, ImageClassification, Regression, TaskConfig
 from distillation.errors import InputError
 from distillation.models import tokenizer_fingerprint
 from distillation.storage import Storage
 from distillation.store import FileRecord, Manifest, commit, find, write_part
 from distillation.store import fingerprint as fingerprint_of
 
-FACTS = ("rows_read", "empty", "duplicates", "conflicting", "conflicting_dropped", "unlabelled_dropped", "truncated", "too_long", "hidden")
+FACTS = (
+    "rows_read", "empty", "duplicates", "conflicting", "conflicting_dropped", "unlabelled_dropped", "truncated", "too_long", "hidden",
+    "nothing_scored", "split", "pieces", "rests",
+)  # fmt: skip
+DROPPED = ("empty", "duplicates", "conflicting_dropped", "unlabelled_dropped", "too_long", "nothing_scored")
 BLOCK_BYTES = 8 << 20
 """Of what passes between tasks: small, so that a task needs little memory."""
 LEAST_RANGES = 4
 """Of ids: some work for every CPU also where the corpus is small."""
 
 
-def corpus_fingerprint(corpus: CorpusConfig, task: TaskConfig, tokenizer_dir: Path) -> tuple[str, dict[str, Any]]:
-    """Fingerprint of a corpus and everything it is made from. Reads no rows; raises InputError for a source that cannot be read."""
+def corpus_fingerprint(corpus: CorpusConfig, task: TaskConfig, tokenizer_dir: Path | None) -> tuple[str, dict[str, Any]]:
+    """Fingerprint of a corpus and everything it is made from. Reads no rows; raises InputError for a source that cannot be read.
+
+    tokenizer_dir: what lies there is left out of account for images.
+    """
     shares = {name: share for name, share in (("validation", corpus.validation), ("test", corpus.test)) if isinstance(share, float)}
     made_from = {
         "source": sources.describe(corpus, task),
         "task": task.model_dump(mode="json"),
         "split": {"shares": shares, "labelled": corpus.labelled, "part_rows": corpus.part_rows},
-        "tokenizer": tokenizer_fingerprint(tokenizer_dir),
+        "encoding": encoding.VERSION,
+        "tokenizer": _tokenizer_print(task, tokenizer_dir),
     }
     return fingerprint_of(made_from), made_from
 
@@ -57,7 +67,7 @@ def corpus_fingerprint(corpus: CorpusConfig, task: TaskConfig, tokenizer_dir: Pa
 def prepare(
     corpus: CorpusConfig,
     task: TaskConfig,
-    tokenizer_dir: Path,
+    tokenizer_dir: Path | None,
     storage: Storage,
     *,
     fingerprint: str,
@@ -66,27 +76,33 @@ def prepare(
 ) -> Manifest:
     """Write the corpus to corpora/<fingerprint> unless it is there already. Ray must be initialised.
 
-    Facts of the manifest, in rows: rows_read = empty + duplicates + conflicting_dropped + unlabelled_dropped + too_long + the splits' rows.
-    `conflicting` are texts whose copies carry different labels: unlabelled in train, dropped elsewhere. `hidden` are labels that
-    `corpus.labelled` takes away; truncated rows are kept. Raises InputError naming file and row, or the counts of what is left.
+    Facts of the manifest, in rows: rows_read + pieces = the sum of `DROPPED` + the splits' rows. `conflicting` are texts whose copies carry
+    different labels: unlabelled in train (of an embedding task everywhere), else dropped. `hidden` are labels that `corpus.labelled` takes
+    away; truncated rows are kept. Of language models `split` are texts that became several rows, `pieces` the rows beyond the first of
+    each, `rests` the ends of texts in which nothing was left to score. `nothing_scored` are texts without any row.
+    For each split `labelled` and `unlabelled` count rows, `scored` and `labelled_positions` positions, `label_counts` labels by name.
+
+    Raises InputError naming file and row, or the counts of what is left; or if the tokenizer does not serve the task.
     """
     folder = f"corpora/{fingerprint}"
     if (existing := find(storage, folder)) is not None:
         return existing
     shares = (_share(corpus.validation), _share(corpus.test))
+    tokenizer, token_types = _load_tokenizer(task, tokenizer_dir)
     with _settings():
-        rows = _encoded_rows(sources.units(corpus, task), task, shares, corpus.labelled, _load_tokenizer(tokenizer_dir))
-        tallies, tokens = _count(rows)
-        facts = _facts(tallies)
+        rows = _encoded_rows(sources.units(corpus, task), task, shares, corpus.labelled, tokenizer, token_types)
+        tallies, sums = _count(rows, task)
+        facts = _facts(tallies, sums)
         labels = _labels(tallies, facts, task)
-        progress(f"corpus: {facts['rows_read']} rows read, {sum(tokens.values())} tokens, {len(labels)} labels")
-        parts = {split: _write_split(rows, split, labels, corpus.part_rows, storage, folder) for split in SPLITS}
+        progress(f"corpus: {facts['rows_read']} rows read, {sum(sums['length'].values())} tokens, {len(labels)} labels")
+        parts = {split: _write_split(rows, split, labels, corpus.part_rows, storage, folder, task, token_types) for split in SPLITS}
     for split, records in parts.items():
         assert all(record.rows == corpus.part_rows for record in records[:-1]), "parts of a fixed number of rows"
+        assert len({record.name for record in records}) == len(records), "each part has a name of its own"
         assert sum(record.rows for record in records) == facts["labelled"][split] + facts["unlabelled"][split], "every row is written once"
     facts["labels"] = list(labels)
-    facts["tokenizer"] = tokenizer_fingerprint(tokenizer_dir)
-    facts["columns"] = {field.name: str(field.type) for field in PART_SCHEMA}
+    facts["tokenizer"] = _tokenizer_print(task, tokenizer_dir)
+    facts["columns"] = {field.name: str(field.type) for field in encoding.fields(task, token_types)}
     splits = {split: tuple(records) for split, records in parts.items()}
     manifest = Manifest(kind="corpus", fingerprint=fingerprint, made_from=dict(made_from), splits=splits, facts=facts)
     progress("corpus: " + ", ".join(f"{split} {manifest.rows(split)} rows in {len(splits[split])} parts" for split in SPLITS))
@@ -126,7 +142,12 @@ def _settings() -> Iterator[None]:
 
 
 def _encoded_rows(
-    units: Sequence[Unit], task: TaskConfig, shares: tuple[float, float], labelled: float, tokenizer: ray.ObjectRef[Any]
+    units: Sequence[Unit],
+    task: TaskConfig,
+    shares: tuple[float, float],
+    labelled: float,
+    tokenizer: ray.ObjectRef[Any] | None,
+    token_types: bool,
 ) -> Dataset:
     """All rows of the corpus in the order of their ids, and the tallies, held in Ray's object store (on disk where it is full).
 
@@ -141,12 +162,11 @@ def _encoded_rows(
     )
     ranges = max(LEAST_RANGES, math.ceil(rows.size_bytes() / BLOCK_BYTES))
     DataContext.get_current().target_max_block_size = None
+    settings = {"task": task, "labelled": labelled, "tokenizer": tokenizer, "token_types": token_types}
     return (
         ray.data.from_arrow_refs(rows.to_arrow_refs())
         .sort("place", boundaries=[PLACES * i // ranges for i in range(1, ranges + 1)])
-        .map_batches(
-            encode_block, batch_size=None, batch_format="pyarrow", fn_kwargs={"task": task, "labelled": labelled, "tokenizer": tokenizer}
-        )
+        .map_batches(encode_block, batch_size=None, batch_format="pyarrow", fn_kwargs=settings)
         .materialize()
     )
 
@@ -165,48 +185,67 @@ def _bundles(units: Sequence[Unit]) -> Iterator[list[Unit]]:
         yield bundle
 
 
-def _count(rows: Dataset) -> tuple[Tallies, Counter[str]]:
-    """Tallies of all blocks and tokens of each split; a kept row counts under "kept" (labelled) or "unlabelled"."""
+def _count(rows: Dataset, task: TaskConfig) -> tuple[Tallies, dict[str, Counter[str]]]:
+    """Tallies of all blocks, see `count_block`, and the sums of `encoding.SUMS` over each split."""
     tallies: Tallies = Counter()
-    tokens: Counter[str] = Counter()
-    for row in rows.map_batches(count_block, batch_size=None, batch_format="pyarrow").take_all():
+    sums: dict[str, Counter[str]] = {name: Counter() for name in encoding.SUMS}
+    for row in rows.map_batches(count_block, batch_size=None, batch_format="pyarrow", fn_kwargs={"task": task}).take_all():
         tallies[row["fact"], row["split"], row["label"]] += row["count"]
-        tokens[row["split"] or ""] += row["tokens"]
-    return tallies, tokens
+        for name in encoding.SUMS:
+            sums[name][row["split"] or ""] += row[name]
+    return tallies, sums
 
 
-def _write_split(rows: Dataset, split: str, labels: tuple[str, ...], part_rows: int, storage: Storage, folder: str) -> list[FileRecord]:
+def _write_split(
+    rows: Dataset, split: str, labels: tuple[str, ...], part_rows: int, storage: Storage, folder: str, task: TaskConfig, token_types: bool
+) -> list[FileRecord]:
+    settings = {"split": split, "task": task, "token_types": token_types}
     written = (
-        rows.map_batches(select, batch_size=None, batch_format="pyarrow", fn_kwargs={"split": split, "labels": labels})
+        rows.map_batches(select, batch_size=None, batch_format="pyarrow", fn_kwargs={**settings, "labels": labels})
         .repartition(target_num_rows_per_block=part_rows, strict=True)
-        .map_batches(
-            _write_block, batch_size=None, batch_format="pyarrow", fn_kwargs={"split": split, "storage": storage, "folder": folder}
-        )
+        .map_batches(_write_block, batch_size=None, batch_format="pyarrow", fn_kwargs={**settings, "storage": storage, "folder": folder})
     )
     return sorted((FileRecord.model_validate_json(row["record"]) for row in written.take_all()), key=lambda record: record.name)
 
 
-def _write_block(table: pa.Table, split: str, storage: Storage, folder: str) -> dict[str, list[str]]:
+def _write_block(table: pa.Table, split: str, task: TaskConfig, token_types: bool, storage: Storage, folder: str) -> dict[str, list[str]]:
     if table.num_rows == 0:
         return {"record": []}
+    schema = encoding.fields(task, token_types)
     # Taking all rows copies them into buffers of their own: a view on a larger block would be written with other bytes.
-    rows = table.select(PART_SCHEMA.names).cast(PART_SCHEMA).take(pa.array(range(table.num_rows), pa.int64())).combine_chunks()
-    name = f"part-{rows['id'][0].as_py()[:12]}-{split}"
+    rows = table.select(schema.names).cast(schema).take(pa.array(range(table.num_rows), pa.int64())).combine_chunks()
+    # Rows of one text differ only in the last digits of their ids, and a long text can fill several parts.
+    digits = 32 if label_of(task) is None else 12
+    name = f"part-{rows['id'][0].as_py()[:digits]}-{split}"
     record = write_part(storage, folder, name, rows, tokens=sum(rows["length"].to_pylist()))
     return {"record": [record.model_dump_json()]}
 
 
-def _load_tokenizer(folder: Path) -> ray.ObjectRef[Any]:
-    """The tokenizer in the object store: workers on other machines may not see the folder."""
+def _tokenizer_print(task: TaskConfig, folder: Path | None) -> str | None:
+    if isinstance(task, ImageClassification):
+        return None
+    assert folder is not None, "texts need a tokenizer"
+    return tokenizer_fingerprint(folder)
+
+
+def _load_tokenizer(task: TaskConfig, folder: Path | None) -> tuple[ray.ObjectRef[Any] | None, bool]:
+    """The tokenizer in the object store: workers on other machines may not see the folder. And whether it makes token_type_ids.
+
+    Nothing for images. Raises InputError if it cannot be loaded or does not serve the task.
+    """
+    if isinstance(task, ImageClassification):
+        return None, False
     from transformers import AutoTokenizer
 
     try:
-        return ray.put(AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             "DST-3445", "tokenizer cannot be loaded", where=str(folder), expected="files as save_pretrained writes them",
             found=(str(error).splitlines() or [type(error).__name__])[0],
         ) from error  # fmt: skip
+    encoding.check(task, tokenizer, str(folder))
+    return ray.put(tokenizer), encoding.makes_token_types(task, tokenizer)
 
 
 # ----------------------------------------------------------------------------------------------------------------- facts
@@ -216,20 +255,21 @@ def _share(value: str | tuple[str, ...] | float) -> float:
     return value if isinstance(value, float) else 0.0
 
 
-def _facts(tallies: Tallies) -> dict[str, Any]:
+def _facts(tallies: Tallies, sums: Mapping[str, Counter[str]]) -> dict[str, Any]:
     """Counts for the manifest."""
     totals: Counter[str] = Counter()
     for (fact, _, _), count in tallies.items():
         totals[fact] += count
     counts: dict[str, dict[str, int]] = {split: {} for split in SPLITS}
     for fact, split, label in sorted(tallies, key=str):
-        if fact == "kept":
+        if fact == "class":
             counts[str(split)][str(label)] = tallies[fact, split, label]
     return {
         **{name: totals[name] for name in FACTS},
         "label_counts": counts,
-        "labelled": {split: sum(counts[split].values()) for split in SPLITS},
-        "unlabelled": {split: tallies["unlabelled", split, None] for split in SPLITS},
+        **{name: {split: tallies[name, split, None] for split in SPLITS} for name in ("labelled", "unlabelled")},
+        "scored": {split: sums["scored"][split] for split in SPLITS},
+        "labelled_positions": {split: sums["labelled"][split] for split in SPLITS},
     }
 
 
@@ -237,16 +277,20 @@ def _labels(tallies: Tallies, facts: Mapping[str, Any], task: TaskConfig) -> tup
     """Names of the labels in order. Raises InputError for an empty split, and for labels that training would not know."""
     left = {split: facts["labelled"][split] + facts["unlabelled"][split] for split in SPLITS}
     if missing := [split for split in SPLITS if not left[split]]:
-        dropped = {n: facts[n] for n in ("empty", "duplicates", "conflicting_dropped", "unlabelled_dropped", "too_long") if facts[n]}
+        dropped = {name: facts[name] for name in DROPPED if facts[name]}
         raise InputError(
             "DST-3440", f"split {', '.join(missing)} is empty", where="corpus", expected="at least one row in each split",
             found=f"{', '.join(f'{split} {n}' for split, n in left.items())} of {facts['rows_read']} rows read"
             + (f", without {', '.join(f'{n} {name}' for name, n in dropped.items())}" if dropped else ""),
             do="Give more rows, or larger shares of validation and test",
         )  # fmt: skip
+    if label_of(task) is None or isinstance(task, Regression):
+        return ()
     if task.labels is not None:
-        return task.labels
-    trained = {label for (fact, split, label) in tallies if fact in ("kept", "hidden") and split == "train" and label is not None}
+        return tuple(task.labels)
+    trained = {label for (fact, split, label) in tallies if fact in ("class", "hidden_label") and split == "train" and label is not None}
+    if isinstance(task, Embedding):  # its labels only judge the result: nobody has to know them all
+        return _in_order(trained.union(*facts["label_counts"].values()))
     for split in ("validation", "test"):
         if unknown := sorted(facts["label_counts"][split].keys() - trained):
             raise InputError(
@@ -259,5 +303,9 @@ def _labels(tallies: Tallies, facts: Mapping[str, Any], task: TaskConfig) -> tup
             "DST-3442", "too few labels", where="corpus, split train", expected="two or more different labels",
             found=", ".join(sorted(trained)) or "none", do="Check task.label, or name the labels in task.labels",
         )  # fmt: skip
+    return _in_order(trained)
+
+
+def _in_order(names: set[str]) -> tuple[str, ...]:
     # Numbers in their own order: 2 before 10, as a classifier counts them.
-    return tuple(sorted(trained, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name)))
+    return tuple(sorted(names, key=lambda name: (0, int(name), name) if name.isdecimal() else (1, 0, name)))

@@ -20,17 +20,23 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from cluster.columns import from_csv, row_of
+from cluster.kinds import checked_kind, inputs_of, kind_of, kind_of_value, label_of, require, required, wanted
 from cluster.lines import csv_dicts, csv_rows, json_rows, not_utf8
-from cluster.reading import CHUNK_ROWS, Unit, as_label, as_text, tables
-from distillation.config import TaskConfig
+from cluster.reading import CHUNK_ROWS, Row, Unit, tables
+from distillation.config import ImageClassification, TaskConfig
 from distillation.errors import InputError
 from distillation.storage import filesystem
 from distillation.store import checksum
 
-Kind = Literal["parquet", "csv", "jsonl", "arrow"]
+Kind = Literal["parquet", "csv", "jsonl", "arrow", "text"]
 ENDINGS: dict[str, Kind] = {
     ".parquet": "parquet", ".csv": "csv", ".csv.gz": "csv", ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".arrow": "arrow",
 }  # fmt: skip
+IMAGE_ROWS = 64
+"""Of a Parquet file that are unpacked at once, where a row is an image."""
+PLAIN: dict[str, Kind] = {"": "text"}
+"""Of plain text: any ending."""
 
 
 @dataclass(frozen=True)
@@ -49,19 +55,20 @@ class File:
 # ------------------------------------------------------------------------------------------------------------------ find
 
 
-def find(patterns: str | Sequence[str]) -> list[File]:
+def find(patterns: str | Sequence[str], endings: Mapping[str, Kind] = ENDINGS) -> list[File]:
     """Files that paths or globs name, sorted. Raises InputError where one names nothing, no plain file or an empty one."""
-    found = {file.path: file for pattern in ([patterns] if isinstance(patterns, str) else patterns) for file in _matches(pattern)}
+    named = [patterns] if isinstance(patterns, str) else patterns
+    found = {file.path: file for pattern in named for file in _matches(pattern, endings)}
     return [found[path] for path in sorted(found)]
 
 
-def _matches(pattern: str) -> list[File]:
+def _matches(pattern: str, endings: Mapping[str, Kind]) -> list[File]:
     remote = "://" in pattern
     uri, _, query = pattern.partition("?") if remote else (os.path.abspath(os.path.expanduser(pattern)), "", "")
     scheme = uri.split("://", 1)[0] + "://" if remote else ""
     suffix = f"?{query}" if query else ""
     wildcard = re.search(r"[*?\[]", uri)
-    with _named(pattern):
+    with named(pattern):
         if wildcard is None or (not remote and os.path.lexists(uri)):
             system, path = filesystem(uri + suffix)
             infos = [system.get_file_info(path)]
@@ -78,7 +85,7 @@ def _matches(pattern: str) -> list[File]:
             ]  # fmt: skip
             if not infos:
                 raise InputError("DST-3401", "no file matches", where=pattern, expected="at least one file", found="none")
-    return [_checked(scheme + info.path, scheme + info.path + suffix, info, not remote) for info in infos]
+    return [_checked(scheme + info.path, scheme + info.path + suffix, info, endings, not remote) for info in infos]
 
 
 def _expression(glob: str) -> str:
@@ -90,14 +97,14 @@ def _expression(glob: str) -> str:
     )
 
 
-def _checked(path: str, uri: str, info: pafs.FileInfo, local: bool) -> File:
+def _checked(path: str, uri: str, info: pafs.FileInfo, endings: Mapping[str, Kind], local: bool) -> File:
     if info.type == pafs.FileType.NotFound:
         raise InputError("DST-3402", "file does not exist", where=path)
     if info.type != pafs.FileType.File:
         raise InputError("DST-3403", "not a regular file", where=path, expected="a file or a glob", found=info.type.name.lower())
-    kind = next((kind for ending, kind in ENDINGS.items() if path.lower().endswith(ending)), None)
+    kind = next((kind for ending, kind in endings.items() if path.lower().endswith(ending)), None)
     if kind is None:
-        raise InputError("DST-3404", "format of a file is not known", where=path, expected=", ".join(ENDINGS), found=Path(path).name)
+        raise InputError("DST-3404", "format of a file is not known", where=path, expected=", ".join(endings), found=Path(path).name)
     if info.size == 0:
         raise InputError("DST-3405", "file is empty", where=path, expected="rows", found="0 bytes")
     return File(uri, path, kind, info.size, info.mtime_ns or 0, local)
@@ -114,10 +121,8 @@ def check(splits: Mapping[str, Sequence[File]], task: TaskConfig) -> None:
     for split, files in splits.items():
         for file in files:
             kinds = columns(file, task)
-            required = (task.text,) if split == "train" else (task.text, task.label)
-            for column in required:
-                _require(column, kinds, file.path)
-            for column in (task.text, task.label):
+            require(task, required(task, split), kinds, file.path)
+            for column in wanted(task):
                 kind = kinds.get(column)
                 if kind in (None, "null"):
                     continue
@@ -130,44 +135,20 @@ def check(splits: Mapping[str, Sequence[File]], task: TaskConfig) -> None:
                     )  # fmt: skip
 
 
-def _require(column: str, present: Mapping[str, Any], path: str) -> None:
-    if column not in present:
-        raise InputError(
-            "DST-3407", "column is missing", where=path, expected=repr(column), found=", ".join(map(str, present)) or "no column",
-            do="Set task.text and task.label to the names of the columns",
-        )  # fmt: skip
-
-
 def columns(file: File, task: TaskConfig) -> dict[str, str]:
-    """Columns of a file and "string", "integer" or "null" for each; for JSON lines those of the first row."""
-    with _named(file.path):
+    """Columns of a file and the kind of each, see `kinds.kind_of`; for JSON lines those of the first row."""
+    with named(file.path):
         if file.kind in ("parquet", "arrow"):
             schema = _parquet(file.uri).schema_arrow if file.kind == "parquet" else _arrow(file.uri).schema
-            return {field.name: _kind(field.type, field.name, file.path, task) for field in schema}
-        with _bytes(file.uri) as stream:
+            return {field.name: checked_kind(task, field.name, kind_of(field.type), file.path, str(field.type)) for field in schema}
+        with opened(file.uri) as stream:
             if file.kind == "csv":
                 return dict.fromkeys(next(csv_rows(stream, file.path), (1, []))[1], "string")
             for number, row in json_rows(stream, file.path):
                 where = f"{file.path}:line {number}"
-                as_text(row.get(task.text), where)
-                as_label(row.get(task.label), None, where)
-                return {str(k): "null" if v in (None, "") else "integer" if isinstance(v, int) else "string" for k, v in row.items()}
+                row_of(task, row, where)
+                return {str(k): checked_kind(task, str(k), kind_of_value(v), where, kind_of_value(v)) for k, v in row.items()}
     raise InputError("DST-3405", "file is empty", where=file.path, expected="rows", found="no line")
-
-
-def _kind(found: pa.DataType, name: str, path: str, task: TaskConfig) -> str:
-    values = found.value_type if pa.types.is_dictionary(found) else found
-    if pa.types.is_string(values) or pa.types.is_large_string(values) or pa.types.is_string_view(values):
-        return "string"
-    if pa.types.is_null(values):
-        return "null"
-    if name == task.text:
-        raise InputError("DST-3410", "text has a wrong type", where=f"{path}: column {name!r}", expected="a string", found=str(found))
-    if name == task.label and not pa.types.is_integer(values):
-        raise InputError(
-            "DST-3412", "label has a wrong type", where=f"{path}: column {name!r}", expected="a string or an integer", found=str(found)
-        )
-    return "integer" if pa.types.is_integer(values) else str(found)
 
 
 # ------------------------------------------------------------------------------------------------------------------ read
@@ -177,7 +158,7 @@ def units(file: File, split: str | None) -> list[Unit]:
     """One for each row group of a Parquet file, one for any other file."""
     if file.kind != "parquet":
         return [Unit(file.kind, file.uri, split, bytes=file.size * (4 if file.path.endswith(".gz") else 1))]
-    with _named(file.path):
+    with named(file.path):
         metadata = _parquet(file.uri).metadata
     found, start = [], 0
     for group in range(metadata.num_row_groups):
@@ -191,33 +172,33 @@ def units(file: File, split: str | None) -> list[Unit]:
 def read(unit: Unit, task: TaskConfig) -> Iterator[pa.Table]:
     """Tables of a unit's rows, see `reading.SCHEMA`. Raises InputError naming the file and the row."""
     path = unit.path.partition("?")[0] if "://" in unit.path else unit.path
-    with _named(path):
+    with named(path):
         if unit.kind == "parquet":
             with _parquet(unit.path) as file:
-                wanted = [name for name in (task.text, task.label) if name in file.schema_arrow.names]
-                batches = file.iter_batches(batch_size=CHUNK_ROWS, row_groups=[unit.group], columns=wanted, use_threads=False)
-                yield from tables(_batch_rows(batches, path, unit.start, task), unit.split)
+                names = [name for name in wanted(task) if name in file.schema_arrow.names]
+                rows = IMAGE_ROWS if isinstance(task, ImageClassification) else CHUNK_ROWS
+                batches = file.iter_batches(batch_size=rows, row_groups=[unit.group], columns=names, use_threads=False)
+                yield from tables(_batch_rows(batches, path, unit.start, task), unit.split, task)
         elif unit.kind == "arrow":
-            yield from tables(_batch_rows(_arrow_batches(unit.path), path, 0, task), unit.split)
+            yield from tables(_batch_rows(_arrow_batches(unit.path), path, 0, task), unit.split, task)
         else:
-            with _bytes(unit.path) as stream:
+            with opened(unit.path) as stream:
                 lines = csv_dicts(stream, path) if unit.kind == "csv" else json_rows(stream, path)
-                yield from tables(_line_rows(lines, path, task), unit.split)
+                yield from tables(_line_rows(lines, path, task, unit.kind == "csv"), unit.split, task)
 
 
-def _batch_rows(batches: Iterator[pa.RecordBatch], path: str, start: int, task: TaskConfig) -> Iterator[tuple[str, str | None]]:
+def _batch_rows(batches: Iterator[pa.RecordBatch], path: str, start: int, task: TaskConfig) -> Iterator[Row]:
     row = start
     for batch in batches:
-        _require(task.text, dict.fromkeys(batch.schema.names), path)
-        for name in batch.schema.names:
-            if name in (task.text, task.label):
-                _kind(batch.schema.field(name).type, name, path, task)
-        texts = _values(batch.column(task.text), path, row)
-        labels = _values(batch.column(task.label), path, row) if task.label in batch.schema.names else [None] * len(texts)
-        for text, label in zip(texts, labels, strict=True):
+        require(task, inputs_of(task), dict.fromkeys(batch.schema.names), path)
+        names = [name for name in wanted(task) if name in batch.schema.names]
+        for name in names:
+            kind = batch.schema.field(name).type
+            checked_kind(task, name, kind_of(kind), path, str(kind))
+        columns_ = [_values(batch.column(name), path, row) for name in names]
+        for values in zip(*columns_, strict=True):
             row += 1
-            where = f"{path}:row {row}"
-            yield as_text(text, where), as_label(label, task.labels, where)
+            yield row_of(task, dict(zip(names, values, strict=True)), f"{path}:row {row}")
 
 
 def _values(column: pa.Array, path: str, start: int) -> list[Any]:
@@ -232,21 +213,25 @@ def _values(column: pa.Array, path: str, start: int) -> list[Any]:
         raise
 
 
-def _line_rows(lines: Iterator[tuple[int, dict[str, Any]]], path: str, task: TaskConfig) -> Iterator[tuple[str, str | None]]:
+def _line_rows(lines: Iterator[tuple[int, dict[str, Any]]], path: str, task: TaskConfig, csv: bool) -> Iterator[Row]:
     first: tuple[int, type] | None = None
+    column = label_of(task)
     for number, row in lines:
         where = f"{path}:line {number}"
-        _require(task.text, row, where)
-        value = row.get(task.label)
-        label = as_label(value, task.labels, where)
-        if label is not None:
-            first = first or (number, type(value))
-            if type(value) is not first[1]:
+        require(task, inputs_of(task), row, where)
+        typed = from_csv(task, row, where) if csv else row
+        content, label = row_of(task, typed, where)
+        value = None if column is None else typed.get(column)
+        for entry in value if isinstance(value, list) else [value]:
+            if entry in (None, "") or isinstance(entry, float):
+                continue
+            first = first or (number, type(entry))
+            if type(entry) is not first[1]:
                 raise InputError(
                     "DST-3412", "label has another type than before", where=where, expected=f"{first[1].__name__} as in line {first[0]}",
-                    found=type(value).__name__, do="Write the label with the same type everywhere",
+                    found=type(entry).__name__, do="Write the label with the same type everywhere",
                 )  # fmt: skip
-        yield as_text(row[task.text], where), label
+        yield content, label
 
 
 # ------------------------------------------------------------------------------------------------------------------ open
@@ -276,7 +261,7 @@ def _arrow_batches(uri: str) -> Iterator[pa.RecordBatch]:
 
 
 @contextlib.contextmanager
-def _bytes(uri: str) -> Iterator[BinaryIO]:
+def opened(uri: str) -> Iterator[BinaryIO]:
     system, path = filesystem(uri)
     with io.BufferedReader(system.open_input_file(path), 1 << 20) as raw:
         if path.endswith(".gz"):
@@ -287,7 +272,7 @@ def _bytes(uri: str) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _named(path: str) -> Iterator[None]:
+def named(path: str) -> Iterator[None]:
     """Whatever a damaged or unreachable file makes a reader raise, as an InputError that names the file."""
     try:
         yield

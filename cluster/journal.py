@@ -132,7 +132,7 @@ class Journal:
         registered: also a version of this registered model; alias: a name such as "champion" that moves to the version recorded last.
         """
         assert (folder / "config.json").is_file(), folder
-        assert (folder / "tokenizer_config.json").is_file(), folder
+        assert (folder / "config.json").is_file(), folder
         assert registered or not alias, "only a registered model has aliases"
         content = {"folder": str(folder.resolve()), "name": name, "input_example": list(input_example)}
         self._append("model", key, **content, registered=registered, alias=alias)

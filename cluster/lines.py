@@ -27,7 +27,7 @@ def csv_dicts(stream: BinaryIO, path: str) -> Iterator[tuple[int, dict[str, Any]
 def csv_rows(stream: BinaryIO, path: str) -> Iterator[tuple[int, list[str]]]:
     """Rows with the number of their last line."""
     csv.field_size_limit(1 << 24)
-    reader = csv.reader(_lines(stream, path), strict=True)
+    reader = csv.reader(text_lines(stream, path), strict=True)
     try:
         for row in reader:
             if row:
@@ -39,7 +39,7 @@ def csv_rows(stream: BinaryIO, path: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def json_rows(stream: BinaryIO, path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_lines(stream, path), start=1):
+    for number, line in enumerate(text_lines(stream, path), start=1):
         if not line.strip():
             continue
         try:
@@ -60,7 +60,7 @@ def json_rows(stream: BinaryIO, path: str) -> Iterator[tuple[int, dict[str, Any]
         yield number, row
 
 
-def _lines(stream: BinaryIO, path: str) -> Iterator[str]:
+def text_lines(stream: BinaryIO, path: str) -> Iterator[str]:
     offset = number = 0
     while line := stream.readline(LINE_BYTES):
         number += 1

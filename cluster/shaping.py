@@ -7,7 +7,6 @@ import hashlib
 import itertools
 import json
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -16,47 +15,60 @@ import pyarrow as pa
 import ray
 
 from cluster import sources
+from cluster.kinds import label_of, needs_label
 from cluster.reading import Unit
-from distillation.config import TaskConfig
+from distillation import encoding
+from distillation.config import ImageClassification, TaskConfig
 
 SPLITS = ("train", "validation", "test")
 """From weak to strong: a text that several splits name belongs to the last of them."""
 
-PART_SCHEMA = pa.schema(
-    [("id", pa.string()), ("text", pa.string()), ("label", pa.int32()), ("length", pa.int32()), ("input_ids", pa.list_(pa.int32()))]
-)
 PLACES = 1 << 60
 """A place is the first 15 digits of an id as a number below this: what Ray Data sorts by."""
-_TALLY = [("label", pa.string()), ("split", pa.string()), ("fact", pa.string()), ("count", pa.int64())]
-READ = pa.schema([("place", pa.int64()), ("id", pa.string()), ("text", pa.string()), *_TALLY])
-ENCODED = pa.schema([("id", pa.string()), ("text", pa.string()), ("length", pa.int32()), ("input_ids", pa.list_(pa.int32())), *_TALLY])
+_TALLY = (("label", pa.string()), ("split", pa.string()), ("fact", pa.string()), ("count", pa.int64()))
+NOTHING: Mapping[Any, Any] = {pa.string(): "", pa.binary(): b"", pa.int32(): 0, pa.int64(): 0}
+"""What stands in the other columns of a tally; in lists []."""
 
-ENCODE_ROWS = 1024
+ENCODE_ROWS, ENCODE_IMAGES = 1024, 64
 
 Tallies = Counter[tuple[str, str | None, str | None]]
 """(fact, split, label) -> rows."""
 
 
+def read_schema(task: TaskConfig) -> pa.Schema:
+    """Of rows as they were read, with their ids."""
+    content = pa.binary() if isinstance(task, ImageClassification) else pa.string()
+    return pa.schema([("place", pa.int64()), ("id", pa.string()), ("text", content), *_TALLY])
+
+
+def encoded_schema(task: TaskConfig, token_types: bool) -> pa.Schema:
+    """Of rows as they are stored, but the label still by its name."""
+    stored = encoding.fields(task, token_types)
+    made = set(encoding.label_columns(task, [], []))
+    return pa.schema([*(column for column in stored if column.name not in made), *_TALLY])
+
+
 def read_bundle(batch: Mapping[str, Any], task: TaskConfig, shares: tuple[float, float]) -> Iterator[pa.Table]:
-    yield READ.empty_table()
+    yield read_schema(task).empty_table()
     for unit in (Unit(**fields) for fields in json.loads(batch["units"][0])):
         for table in sources.read(unit, task):
             yield identify(table, shares)
 
 
 def identify(table: pa.Table, shares: tuple[float, float]) -> pa.Table:
-    """Normalised texts with id and split; empty ones become a tally."""
-    texts = [unicodedata.normalize("NFC", text).strip() for text in table["text"].to_pylist()]
-    keep = [i for i, text in enumerate(texts) if text]
-    ids = [hashlib.sha256(texts[i].encode()).hexdigest()[:32] for i in keep]
+    """Rows with id and split; empty ones become a tally."""
+    contents = table["text"].to_pylist()
+    keep = [i for i, content in enumerate(contents) if content]
+    ids = [hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()[:32] for content in contents if content]
     splits, labels = table["split"].to_pylist(), table["label"].to_pylist()
+    schema = pa.schema([("place", pa.int64()), ("id", pa.string()), table.schema.field("text"), *_TALLY])
     kept = {
-        "place": [int(id_[:15], 16) for id_ in ids], "id": ids, "text": [texts[i] for i in keep], "label": [labels[i] for i in keep],
+        "place": [int(id_[:15], 16) for id_ in ids], "id": ids, "text": [contents[i] for i in keep], "label": [labels[i] for i in keep],
         "split": [split_of(id_, splits[i], shares) for id_, i in zip(ids, keep, strict=True)],
         "fact": [None] * len(keep), "count": [1] * len(keep),
     }  # fmt: skip
-    tallies: Tallies = Counter({("rows_read", None, None): len(texts), ("empty", None, None): len(texts) - len(keep)})
-    return pa.concat_tables([pa.table(kept, schema=READ), _tally_table(tallies, READ)])
+    tallies: Tallies = Counter({("rows_read", None, None): len(contents), ("empty", None, None): len(contents) - len(keep)})
+    return pa.concat_tables([pa.table(kept, schema=schema), _tally_table(tallies, schema)])
 
 
 def split_of(id_: str, given: str | None, shares: tuple[float, float]) -> str:
@@ -73,8 +85,10 @@ def fraction(purpose: str, id_: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{purpose} {id_}".encode()).digest()[:7], "big") / 2**56
 
 
-def encode_block(table: pa.Table, task: TaskConfig, labelled: float, tokenizer: ray.ObjectRef[Any]) -> Iterator[pa.Table]:
-    """One row for each text of a range of ids, in their order, with token ids."""
+def encode_block(
+    table: pa.Table, task: TaskConfig, labelled: float, tokenizer: ray.ObjectRef[Any] | None, token_types: bool
+) -> Iterator[pa.Table]:
+    """The rows of a range of ids, in their order: settled between copies, then with token ids or pixels."""
     table = table.sort_by("id")
     ids, labels, splits = (table[name].to_pylist() for name in ("id", "label", "split"))
     tallies: Tallies = Counter()
@@ -85,83 +99,91 @@ def encode_block(table: pa.Table, task: TaskConfig, labelled: float, tokenizer: 
             for i in members:
                 tallies[table["fact"][i].as_py(), splits[i], labels[i]] += table["count"][i].as_py()
             continue
-        label, split = settle([labels[i] for i in members], [splits[i] for i in members], tallies)
+        label, split = settle([labels[i] for i in members], [splits[i] for i in members], tallies, needs_label(task))
         if split is not None and label is not None and split == "train" and fraction("labelled", id_) >= labelled:
-            tallies["hidden", split, label] += 1
+            tallies["hidden", split, None] += 1
+            for name in encoding.classes(task, label):
+                tallies["hidden_label", split, name] += 1
             label = None
         if split is not None:
             kept.append((members[0], label, split))
-    encode = _tokenizer(tokenizer)
-    for start in range(0, len(kept), ENCODE_ROWS):
-        rows = kept[start : start + ENCODE_ROWS]
-        part = table.select(["id", "text"]).take(pa.array([i for i, _, _ in rows], pa.int64()))
-        yield _encode(part, [label for _, label, _ in rows], [split for _, _, split in rows], task, encode, tallies)
-    yield _tally_table(tallies, ENCODED)
+    encode, schema = None if tokenizer is None else _tokenizer(tokenizer), encoded_schema(task, token_types)
+    rows = ENCODE_IMAGES if isinstance(task, ImageClassification) else ENCODE_ROWS
+    for start in range(0, len(kept), rows):
+        some = kept[start : start + rows]
+        part = table.select(["id", "text"]).take(pa.array([i for i, _, _ in some], pa.int64()))
+        yield _encode(part, [label for _, label, _ in some], [split for _, _, split in some], task, encode, tallies, schema)
+    yield _tally_table(tallies, schema)
 
 
-def settle(labels: Sequence[str | None], splits: Sequence[str], tallies: Tallies) -> tuple[str | None, str | None]:
-    """Label and split of a text from all its copies; no split if it is dropped. A label beats none; two different ones are none."""
+def settle(labels: Sequence[str | None], splits: Sequence[str], tallies: Tallies, strict: bool = True) -> tuple[str | None, str | None]:
+    """Label and split of a text from all its copies; no split if it is dropped. A label beats none; two different ones are none.
+
+    strict: what has no label is dropped from validation and test.
+    """
     split = max(splits, key=SPLITS.index)
     different = {label for label in labels if label is not None}
     tallies["duplicates", None, None] += len(labels) - 1
     if len(different) > 1:
         tallies["conflicting", split, None] += 1
-        if split != "train":
+        if split != "train" and strict:
             tallies["conflicting_dropped", split, None] += 1
             return None, None
         return None, split
-    if not different and split != "train":
+    if not different and split != "train" and strict:
         tallies["unlabelled_dropped", split, None] += 1
         return None, None
     return next(iter(different), None), split
 
 
-def _encode(table: pa.Table, labels: list[str | None], splits: list[str], task: TaskConfig, tokenizer: Any, tallies: Tallies) -> pa.Table:
-    texts = table["text"].to_pylist()
-    ids = tokenizer(texts, verbose=False)["input_ids"]
-    long = [i for i, row in enumerate(ids) if len(row) > task.max_length]
-    if task.too_long == "truncate" and long:
-        shortened = tokenizer([texts[i] for i in long], truncation=True, max_length=task.max_length)["input_ids"]
-        for i, row in zip(long, shortened, strict=True):
-            ids[i] = row
-            tallies["truncated", splits[i], None] += 1
-        long = []
-    for i in long:
-        tallies["too_long", splits[i], None] += 1
-        ids[i] = []
-    columns = {
-        "id": table["id"], "text": table["text"], "length": pa.array([len(row) for row in ids], pa.int32()),
-        "input_ids": pa.array(ids, pa.list_(pa.int32())), "label": pa.array(labels, pa.string()), "split": pa.array(splits, pa.string()),
-        "fact": pa.nulls(len(ids), pa.string()), "count": pa.array([1] * len(ids), pa.int64()),
-    }  # fmt: skip
-    encoded = pa.table(columns, schema=ENCODED)
-    return encoded.take(pa.array(sorted(set(range(len(ids))).difference(long)), pa.int64())) if long else encoded
+def _encode(
+    table: pa.Table, labels: list[str | None], splits: list[str], task: TaskConfig, tokenizer: Any, tallies: Tallies, schema: pa.Schema
+) -> pa.Table:
+    made = encoding.encode(task, tokenizer, table["id"].to_pylist(), table["text"].to_pylist(), labels)
+    for (fact, i), count in made.tallies.items():
+        tallies[fact, splits[i], None] += count
+    own = {
+        "label": made.labels,
+        "split": [splits[i] for i in made.source],
+        "fact": [None] * len(made.source),
+        "count": [1] * len(made.source),
+    }
+    columns = {**made.columns, **own}
+    return pa.table([pa.array(columns.get(field.name, []), field.type) for field in schema], schema=schema)
 
 
 def _tally_table(tallies: Tallies, schema: pa.Schema) -> pa.Table:
     """Tallies as rows whose id is ""."""
     entries: list[dict[str, Any]] = [
-        {"place": 0, "id": "", "text": "", "length": 0, "input_ids": [], "label": label, "split": split, "fact": fact, "count": count}
-        for (fact, split, label), count in tallies.items()
-        if count
+        {"label": label, "split": split, "fact": fact, "count": count} for (fact, split, label), count in tallies.items() if count
     ]
-    return pa.Table.from_pylist([{name: entry[name] for name in schema.names} for entry in entries], schema=schema)
+    blank = {field.name: NOTHING.get(field.type, []) for field in schema}
+    return pa.Table.from_pylist([{**blank, **entry} for entry in entries], schema=schema)
 
 
-def count_block(table: pa.Table) -> pa.Table:
-    kinds = pa.array(
-        [
-            fact or ("unlabelled" if label is None else "kept")
-            for fact, label in zip(*(table[c].to_pylist() for c in ("fact", "label")), strict=True)
-        ],
-        pa.string(),
-    )
-    counted = pa.table({"fact": kinds, **{name: table[name] for name in ("split", "label", "count", "length")}})
-    groups = counted.group_by(["fact", "split", "label"]).aggregate([("count", "sum"), ("length", "sum")])
-    return groups.rename_columns({"count_sum": "count", "length_sum": "tokens"})
+COUNTED = pa.schema(
+    [("fact", pa.string()), ("split", pa.string()), ("label", pa.string()), *((name, pa.int64()) for name in ("count", *encoding.SUMS))]
+)
 
 
-def select(table: pa.Table, split: str, labels: tuple[str, ...]) -> pa.Table:
+def count_block(table: pa.Table, task: TaskConfig) -> pa.Table:
+    """Tallies of a block: those that came with it, its rows as "labelled" or "unlabelled", and under "class" how often each label occurs.
+
+    Of labels that are sequences the entries are counted, so that there are never more tallies than classes.
+    """
+    found: dict[tuple[str, str | None, str | None], list[int]] = {}
+    columns = [table[name].to_pylist() for name in ("fact", "split", "label", "count", *encoding.SUMS)]
+    for fact, split, label, *numbers in zip(*columns, strict=True):
+        known = label is not None or label_of(task) is None
+        key = (fact, split, label) if fact else ("labelled" if known else "unlabelled", split, None)
+        found[key] = [one + other for one, other in zip(found.get(key, [0] * len(numbers)), numbers, strict=True)]
+        for name in [] if fact else encoding.classes(task, label):
+            found.setdefault(("class", split, name), [0] * len(numbers))[0] += 1
+    rows = [dict(zip(COUNTED.names, [*key, *numbers], strict=True)) for key, numbers in found.items()]
+    return pa.Table.from_pylist(rows, schema=COUNTED)
+
+
+def select(table: pa.Table, split: str, labels: tuple[str, ...], task: TaskConfig, token_types: bool) -> pa.Table:
     """Rows of one split as they are stored."""
     here = [
         i
@@ -169,9 +191,9 @@ def select(table: pa.Table, split: str, labels: tuple[str, ...]) -> pa.Table:
         if s == split and fact is None
     ]
     rows = table.take(pa.array(here, pa.int64()))
-    number: dict[str | None, int] = {None: -1, **{label: i for i, label in enumerate(labels)}}
-    label = pa.array([number[name] for name in rows["label"].to_pylist()], pa.int32())
-    return pa.table({**{name: rows[name] for name in PART_SCHEMA.names if name != "label"}, "label": label}).select(PART_SCHEMA.names)
+    schema = encoding.fields(task, token_types)
+    made = encoding.label_columns(task, rows["label"].to_pylist(), labels, rows["scored"].to_pylist())
+    return pa.table([made[name] if name in made else rows[name] for name in schema.names], schema=schema)
 
 
 @functools.lru_cache(maxsize=1)

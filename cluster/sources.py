@@ -1,43 +1,97 @@
 """Where the rows of a corpus come from: what a source is, whether it is sound, and how it is read, piece by piece. Nothing of Ray.
 
-describe    everything about the content that could change a corpus, without reading rows
-units       pieces that can be read at the same time
-read        the rows of one piece, as a stream of small tables
+require_serves  whether a task can learn from it at all
+describe        everything about the content that could change a corpus, without reading rows
+units           pieces that can be read at the same time
+read            the rows of one piece, as a stream of small tables
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from cluster import docstrings, files
-from cluster.config import CorpusConfig, DocstringsCorpus, FilesCorpus, HubCorpus
-from cluster.reading import CHUNK_ROWS, Unit, as_label, as_text, tables
-from distillation.config import TaskConfig
+from cluster import digits, docstrings, files, pictures, plaintext, sourcecode
+from cluster.columns import row_of
+from cluster.config import CorpusConfig, DigitsCorpus, DocstringsCorpus, FilesCorpus, HubCorpus, SourceCorpus, TextCorpus
+from cluster.kinds import inputs_of, label_of, require, required, wanted
+from cluster.reading import CHUNK_ROWS, Row, Unit, tables
+from distillation.config import ImageClassification, TaskConfig
 from distillation.errors import InputError
 from distillation.store import checksum
 
 HUB_ROWS = 50_000
 """Rows of a data set that one task reads."""
 
+PART_BYTES = 2**31 - 1
+"""Of the images of a part: what a column of Arrow lists holds."""
+
+EVERY = (
+    "text_classification", "multi_label", "regression", "token_classification", "causal_lm", "masked_lm", "image_classification",
+    "embedding",
+)  # fmt: skip
+SERVES: Mapping[str, tuple[str, ...]] = {
+    "files": EVERY, "hub": EVERY, "docstrings": ("text_classification", "causal_lm", "masked_lm", "embedding"),
+    "text": ("causal_lm", "masked_lm", "embedding"), "source": ("causal_lm", "masked_lm", "embedding"), "digits": ("image_classification",),
+}  # fmt: skip
+"""Types of tasks that can learn from a type of corpus."""
+
+
+def require_serves(corpus: CorpusConfig, task: TaskConfig) -> None:
+    """Raise InputError if nothing in the corpus is what the task learns from. Reads nothing."""
+    where = f"corpus.type: {corpus.type}"
+    serves = SERVES[corpus.type]
+    if isinstance(corpus, SourceCorpus):
+        where += f", kind: {corpus.kind}"
+        serves = ("token_classification",) if corpus.kind == "tokens" else serves
+    if task.type not in serves or (isinstance(corpus, DocstringsCorpus) and getattr(task, "pair", None) is not None):
+        raise InputError(
+            "DST-3460", "corpus does not serve this task", where=where, expected=f"task.type {', '.join(serves)}",
+            found=task.type + (" of pairs" if task.type in serves else ""), do="Take another corpus, such as one of type files",
+        )  # fmt: skip
+    if not isinstance(task, ImageClassification):
+        return
+    if isinstance(corpus, DigitsCorpus) and (task.channels != 1 or (task.size != digits.SIZE and not task.resize)):
+        raise InputError(
+            "DST-3460", "corpus does not serve this task", where=where, expected="task.channels 1, and task.size 8 or task.resize",
+            found=f"channels {task.channels}, size {task.size}", do="Set them",
+        )  # fmt: skip
+    each = task.size**2 * task.channels
+    if corpus.part_rows * each > PART_BYTES:
+        raise InputError(
+            "DST-3469", "parts would be too large", where="corpus.part_rows", expected=f"at most {PART_BYTES // each} images of {each} bytes",
+            found=str(corpus.part_rows), do="Lower it",
+        )  # fmt: skip
+
 
 def describe(corpus: CorpusConfig, task: TaskConfig) -> dict[str, Any]:
     """What the source is, as JSON: the same for the same content. Also the check that it can be read at all.
 
-    Raises InputError: no file matches, a file is missing, empty, damaged or of an unknown format, a column is missing or of a wrong type,
-    files differ in their types, a data set, split or library is not there.
+    Raises InputError: the corpus does not serve the task, no file matches, a file is missing, empty, damaged or of an unknown format, a
+    column is missing or of a wrong type, files differ in their types, a data set, split or library is not there.
     """
+    require_serves(corpus, task)
+    # Scaling, and what a JPEG looks like, is up to the decoder.
+    decoder = {"pillow": pictures.version()} if isinstance(task, ImageClassification) else {}
+    return {"type": corpus.type, **_describe(corpus, task), **decoder}
+
+
+def _describe(corpus: CorpusConfig, task: TaskConfig) -> dict[str, Any]:
     if isinstance(corpus, FilesCorpus):
         found = _files(corpus)
         files.check(found, task)
-        return {"type": "files", **{split: sorted(files.identity(file) for file in group) for split, group in found.items()}}
+        return {split: sorted(files.identity(file) for file in group) for split, group in found.items()}
     if isinstance(corpus, HubCorpus):
-        return {"type": "hub", **_describe_hub(corpus, task)}
-    return {"type": "docstrings", **docstrings.describe(corpus)}
+        return _describe_hub(corpus, task)
+    if isinstance(corpus, TextCorpus):
+        return plaintext.describe(corpus)
+    if isinstance(corpus, SourceCorpus):
+        return sourcecode.describe(corpus)
+    return digits.describe() if isinstance(corpus, DigitsCorpus) else docstrings.describe(corpus)
 
 
 def units(corpus: CorpusConfig, task: TaskConfig) -> list[Unit]:
@@ -46,6 +100,12 @@ def units(corpus: CorpusConfig, task: TaskConfig) -> list[Unit]:
         return [unit for split, group in _files(corpus).items() for file in group for unit in files.units(file, split)]
     if isinstance(corpus, DocstringsCorpus):
         return docstrings.units(corpus)
+    if isinstance(corpus, TextCorpus):
+        return plaintext.units(corpus)
+    if isinstance(corpus, SourceCorpus):
+        return sourcecode.units(corpus)
+    if isinstance(corpus, DigitsCorpus):
+        return digits.units()
     found = []
     for split, name in _hub_splits(corpus).items():
         rows = len(_load_hub(corpus.dataset, corpus.subset, corpus.revision, name))
@@ -68,14 +128,20 @@ def units(corpus: CorpusConfig, task: TaskConfig) -> list[Unit]:
 
 
 def read(unit: Unit, task: TaskConfig) -> Iterator[pa.Table]:
-    """Tables of `reading.SCHEMA` with at most a few thousand rows. A row without text has "", one without label null.
+    """Tables of `reading.SCHEMA` (of images `PIXELS`) with at most a few thousand rows. A row without text has "", one without label null.
 
     Raises InputError naming the file and the row, and what is wrong with it.
     """
     if unit.kind == "docstrings":
-        return docstrings.read(unit)
+        return docstrings.read(unit, task)
+    if unit.kind == "text":
+        return plaintext.read(unit, task)
+    if unit.kind == "source":
+        return sourcecode.read(unit, task)
+    if unit.kind == "digits":
+        return digits.read(unit, task)
     if unit.kind == "hub":
-        return tables(_hub_rows(unit, task), unit.split)
+        return tables(_hub_rows(unit, task), unit.split, task)
     return files.read(unit, task)
 
 
@@ -99,16 +165,8 @@ def _describe_hub(corpus: HubCorpus, task: TaskConfig) -> dict[str, Any]:
             features = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))["features"]
         else:
             features = _builder(corpus).info.features or {}
-        for column in (task.text,) if split == "train" else (task.text, task.label):
-            if features and column not in features:
-                raise InputError(
-                    "DST-3407",
-                    "column is missing",
-                    where=f"{corpus.dataset}, split {name}",
-                    expected=repr(column),
-                    found=", ".join(features),
-                    do="Set task.text and task.label to the names of the columns",
-                )
+        if features:
+            require(task, required(task, split), features, f"{corpus.dataset}, split {name}")
     if not Path(corpus.dataset).is_dir():
         return {
             "dataset": corpus.dataset,
@@ -191,22 +249,31 @@ def _no_dataset(where: str, error: Exception) -> InputError:
     )
 
 
-def _hub_rows(unit: Unit, task: TaskConfig) -> Iterator[tuple[str, str | None]]:
-    from datasets import ClassLabel
-
+def _hub_rows(unit: Unit, task: TaskConfig) -> Iterator[Row]:
     data = _load_hub(unit.path, unit.subset, unit.revision, str(unit.source_split))
     where = f"{unit.path}, split {unit.source_split}"
-    if task.text not in data.column_names:
-        raise InputError("DST-3407", "column is missing", where=where, expected=repr(task.text), found=", ".join(data.column_names))
-    feature = data.features.get(task.label)
+    require(task, inputs_of(task), dict.fromkeys(data.column_names), where)
+    columns = [name for name in wanted(task) if name in data.column_names]
+    names = _class_names(data.features.get(label_of(task)))
+    rows = files.IMAGE_ROWS if isinstance(task, ImageClassification) else CHUNK_ROWS
     row = unit.start
-    wanted = [name for name in (task.text, task.label) if name in data.column_names]
-    for batch in data.select_columns(wanted).select(range(unit.start, unit.stop)).with_format("arrow").iter(CHUNK_ROWS):
-        labels = batch[task.label].to_pylist() if task.label in wanted else [None] * batch.num_rows
-        for text, label in zip(batch[task.text].to_pylist(), labels, strict=True):
+    # As Arrow: an image stays the bytes that it was saved as.
+    for batch in data.select_columns(columns).select(range(unit.start, unit.stop)).with_format("arrow").iter(rows):
+        for values in zip(*(_plain(batch[name]).to_pylist() for name in columns), strict=True):
             row += 1
-            place = f"{where}: row {row}"
-            if isinstance(feature, ClassLabel) and label is not None:
-                # -1 is how `datasets` marks a row without label, as in the test splits of GLUE.
-                label = None if label == -1 else as_label(label, tuple(feature.names), place)
-            yield as_text(text, place), as_label(label, task.labels, place)
+            yield row_of(task, dict(zip(columns, values, strict=True)), f"{where}: row {row}", names)
+
+
+def _class_names(feature: Any) -> tuple[str, ...] | None:
+    """Names of the classes of a column, or of the entries of its lists, where the data set knows them."""
+    from datasets import ClassLabel
+
+    inner = getattr(feature, "feature", feature)
+    return tuple(inner.names) if isinstance(inner, ClassLabel) else None
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Arrays of `datasets` as the lists that they are stored in."""
+    if not isinstance(column.type, pa.BaseExtensionType):
+        return column
+    return pa.chunked_array([chunk.storage for chunk in column.chunks], column.type.storage_type)

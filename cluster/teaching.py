@@ -5,23 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import torch
+from pydantic import TypeAdapter
 
 from cluster.config import ClusterConfig
 from cluster.session import Record
 from cluster.training import TrainSession, run_workers
 from distillation import models, store
-from distillation.batches import sorted_batches
+from distillation.answers import answer_part, make_teacher
 from distillation.config import TargetsConfig, TaskConfig
 from distillation.errors import InputError
-from distillation.fit import model_folder, pad_id
+from distillation.fit import model_folder, reader
 from distillation.rows import Rows
-from distillation.signals import Classifier, TeacherSignal, observe
 from distillation.storage import Storage
 from distillation.store import Columns, FileRecord, Manifest
-from distillation.tasks import build_task
 
 SPLITS = ("train", "validation")
 """What students look at. The test split is answered by teacher and student alike, at the end, in evaluation."""
@@ -53,13 +50,10 @@ def teach(
         if missing:
             raise InputError("DST-3111", "parts of the target store are missing", where=storage.path(output), found=", ".join(missing[:3]))
         splits[split] = tuple(there for there in found if there is not None)
-    layers = list(targets.features.layers) if targets.features else []
     facts = {
-        "corpus": manifest.fingerprint,
-        "layers": layers,
-        "labels": manifest.facts["labels"],
+        "corpus": manifest.fingerprint, "targets": targets.model_dump(mode="json"), "labels": manifest.facts["labels"],
         "rows_answered": sum(map(manifest.rows, SPLITS)),
-    }
+    }  # fmt: skip
     return store.commit(
         storage, output, Manifest(kind="targets", fingerprint=fingerprint, made_from=dict(made_from), splits=splits, facts=facts)
     )
@@ -80,55 +74,15 @@ def _teach_worker(payload: dict[str, Any]) -> int:
     open_parts = [part for part, flag in zip(parts, session.all_reduce(flags).tolist(), strict=True) if flag]
     if not open_parts:
         return 0
-    features = targets.features
-    teacher = Classifier(
-        models.load_classifier(folder), layers=features.layers if features else (), pooled=bool(features and features.pooled)
-    ).to(session.device)
-    task = build_task(TaskConfig.model_validate(payload["task"]), pad_id(folder))
+    task: TaskConfig = TypeAdapter(TaskConfig).validate_python(payload["task"])
+    teacher = make_teacher(models.load(folder, task), task, targets).to(session.device)
+    reads = reader(task, folder, manifest.facts["labels"])
     bf16 = models.use_bf16(payload["precision"], session.device)
     answered = 0
     for part in open_parts[session.rank :: session.world_size]:
-        rows = Rows(Columns([paths[part.name]]), None, task)
-        table = answer_part(teacher, rows, targets, payload["batch_tokens"], bf16, session.device)
+        rows = Rows(Columns([paths[part.name]]), {}, reads)
+        table, told = answer_part(teacher, rows, targets, payload["batch_tokens"], bf16, session.device)
         store.write_part(storage, payload["output"], part.name.removesuffix(".arrow"), table, part.tokens)
         answered += part.rows
-        session.report({"teacher/rows": float(answered * session.world_size)}, answered)
+        session.report({"teacher/rows": float(answered * session.world_size), **told}, answered)
     return answered
-
-
-def answer_part(teacher: Classifier, rows: Rows, targets: TargetsConfig, batch_tokens: int, bf16: bool, device: torch.device) -> pa.Table:
-    """What the teacher says about every row of a part, in the part's order: logits, and pooled and hidden_I where asked for.
-
-    Raises InputError naming the row whose answer is not finite, in the store's precision.
-    """
-    columns: dict[str, np.ndarray] = {}
-    for batch_rows in sorted_batches(rows.lengths, batch_tokens):
-        signal = observe(teacher, rows.batch(batch_rows).to(device), bf16)
-        with np.errstate(over="ignore"):  # becomes inf, and is refused below
-            found = _columns(signal, targets)
-        for name, values in found.items():
-            bad = ~np.isfinite(values).all(axis=1)
-            if bad.any():
-                raise InputError(
-                    "DST-3301", "teacher's answer is not finite", where=f"row {rows.ids(batch_rows[bad])[0]}, {name}",
-                    expected=f"finite {values.dtype}",
-                    found="inf or nan", do="Set the dtype of the targets to float32, or precision to fp32",
-                )  # fmt: skip
-            if name not in columns:
-                columns[name] = np.empty((len(rows), values.shape[1]), values.dtype)
-            columns[name][batch_rows] = values
-    arrays: dict[str, pa.Array] = {"id": pa.array(rows.ids(np.arange(len(rows))), pa.string())}
-    for name in sorted(columns):
-        arrays[name] = pa.FixedSizeListArray.from_arrays(pa.array(columns[name].reshape(-1)), columns[name].shape[1])
-    return pa.table(arrays)
-
-
-def _columns(signal: TeacherSignal, targets: TargetsConfig) -> dict[str, np.ndarray]:
-    assert signal.logits is not None
-    found = {"logits": signal.logits.cpu().numpy().astype(targets.logits.dtype)}
-    if signal.pooled is not None and targets.features is not None:
-        found["pooled"] = signal.pooled.cpu().numpy().astype(targets.features.dtype)
-    if signal.hidden is not None and targets.features is not None:
-        for place, layer in enumerate(signal.layers):
-            found[f"hidden_{layer}"] = signal.hidden[:, place].cpu().numpy().astype(targets.features.dtype)
-    return found

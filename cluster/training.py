@@ -14,6 +14,7 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.config import ClusterConfig
@@ -36,9 +37,9 @@ class TrainSession:
     def wrap(self, module: nn.Module) -> nn.Module:
         if self.world_size == 1:
             return module
-        # Buffers are the same on all ranks: they come from one checkpoint and no layer of ours changes them.
-        devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+        # Buffers are the same on all ranks, but for the running means of batch norms.
+        devices, changing = [self.device] if self.device.type == "cuda" else None, any(isinstance(m, _BatchNorm) for m in module.modules())
+        return DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=changing)
 
     def all_reduce(self, values: Tensor) -> Tensor:
         if self.world_size > 1:

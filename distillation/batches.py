@@ -52,25 +52,29 @@ def plan_epoch(lengths: np.ndarray, rows: np.ndarray, batch_tokens: int, seed: i
     return EpochPlan(np.concatenate(chosen) if chosen else np.zeros(0, np.int64), bounds)
 
 
-def cut(rows: np.ndarray, lengths: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """Cut rows of rising length into runs of at most batch_tokens padded tokens. lengths: of these rows."""
+def cut(rows: np.ndarray, lengths: np.ndarray, batch_tokens: int, group: int = 1) -> list[np.ndarray]:
+    """Cut rows of rising length into runs of at most batch_tokens padded tokens, a multiple of `group` rows. lengths: of these rows.
+
+    A run of one group may have more tokens; the last one is what is left over.
+    """
     pieces, start = [], 0
     while start < len(rows):
         most = max(1, int(batch_tokens // max(1, lengths[start])))
         padded = lengths[start : start + most] * np.arange(1, min(most, len(rows) - start) + 1)
-        take = max(1, int(np.searchsorted(padded, batch_tokens, side="right")))
+        take = max(1, int(np.searchsorted(padded, batch_tokens, side="right")) // group) * group
         pieces.append(rows[start : start + take])
         start += take
     return pieces
 
 
-def share(rows: np.ndarray, lengths: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """Rows of a global batch that one rank computes: consecutive ones, about the same number of tokens for every rank.
+def share(rows: np.ndarray, lengths: np.ndarray, rank: int, world_size: int, group: int = 1) -> np.ndarray:
+    """Rows of a global batch that one rank computes: consecutive ones in whole groups, about the same number of tokens for every rank.
 
     lengths: of these rows. The shares of all ranks are the batch, each row once; a share is empty where there are too few rows.
     """
     total = np.cumsum(lengths)
     ends = np.searchsorted(total, total[-1] * np.arange(1, world_size) / world_size, side="left") + 1
+    ends = -(-ends // group) * group
     bounds = np.concatenate([[0], np.minimum(ends, len(rows)), [len(rows)]])
     return rows[bounds[rank] : bounds[rank + 1]]
 

@@ -5,13 +5,18 @@ Settings are refused, never repaired: a value that cannot take effect is an erro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 """The one rule for names of jobs, students, losses and experiments: they become folder names, run names and job ids."""
+
+
+ONLY = "teacher"
+"""Name of the only teacher."""
 
 
 class Config(BaseModel):
@@ -31,32 +36,145 @@ class Config(BaseModel):
 # ---------------------------------------------------------------------------------------------------------------- task
 
 
-class TextClassification(Config):
-    """One label out of several for each text. A scored position is a row."""
-
-    type: Literal["text_classification"] = "text_classification"
+class _Text(Config):
     text: str = "text"
     """Column that holds the text."""
-    label: str = "label"
-    """Column that holds the label, by name or by index; a row without one is unlabelled."""
-    labels: tuple[str, ...] | None = None
-    """Names of the labels in order. None: those found in the corpus, sorted."""
     max_length: int = Field(128, ge=4, le=8192)
     """Tokens of a row, special tokens included."""
     too_long: Literal["truncate", "drop"] = "truncate"
     """What becomes of a row with more tokens than `max_length`."""
 
+
+class _Named(Config):
+    label: str = "label"
+    """Column that holds the label, by name or by index; a row without one is unlabelled."""
+    labels: tuple[str, ...] | None = None
+    """Names of the labels in order. None: those found in the corpus, sorted."""
+
     @model_validator(mode="after")
-    def _labels_are_distinct(self) -> TextClassification:
+    def _labels_are_distinct(self) -> Self:
         if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) != len(self.labels)):
             raise ValueError(f"labels must be two or more different names, got {list(self.labels)}")
         return self
 
 
-TaskConfig = TextClassification
+class TextClassification(_Text, _Named):
+    """One label out of several for each text or pair of texts. A scored position is a row."""
+
+    type: Literal["text_classification"] = "text_classification"
+    pair: str | None = None
+    """Column that holds a second text: the model reads both, separated."""
+
+
+class MultiLabel(_Text, _Named):
+    """Any number of labels for each text: the column holds a list of them. A scored position is a row."""
+
+    type: Literal["multi_label"]
+    pair: str | None = None
+    """Column that holds a second text."""
+
+
+class Regression(_Text):
+    """A number for each text or pair of texts. A scored position is a row."""
+
+    type: Literal["regression"]
+    pair: str | None = None
+    """Column that holds a second text."""
+    label: str = "label"
+    """Column that holds the number; a row without one is unlabelled."""
+
+
+class TokenClassification(_Text, _Named):
+    """A label for each word: columns hold lists of words and of labels. A scored position is a word's first piece."""
+
+    type: Literal["token_classification"]
+    text: str = "tokens"
+    """Column that holds the words."""
+    label: str = "tags"
+    """Column that holds their labels."""
+
+
+class CausalLM(_Text):
+    """The next token. A text longer than `max_length` becomes several rows; a scored position is a token but the first of its row."""
+
+    type: Literal["causal_lm"]
+    too_long: Literal["split", "drop"] = "split"  # type: ignore[assignment]
+    """What becomes of a text with more tokens than `max_length`."""
+    pack: bool = True
+    """Short rows share a sequence of `max_length`; attention and positions of each are as if it stood alone."""
+
+
+class MaskedLM(_Text):
+    """Hidden tokens. Which ones is decided by the row's content, so that teacher and students see the same; they are the scored positions."""
+
+    type: Literal["masked_lm"]
+    too_long: Literal["split", "drop"] = "split"  # type: ignore[assignment]
+    mask: float = Field(0.15, gt=0, le=0.5)
+    """Share of the tokens that are hidden: 8 in 10 by the mask token, 1 by a random one, 1 left as it is (Devlin et al. 2019)."""
+
+
+class ImageClassification(_Named):
+    """One label for each image. A scored position is an image; for batches it counts as one token."""
+
+    type: Literal["image_classification"]
+    image: str = "image"
+    """Column that holds the image: PNG, JPEG or an array."""
+    size: int = Field(224, ge=4, le=1024)
+    """Height and width in pixels. Images of another size are refused unless `resize` is set."""
+    channels: Literal[1, 3] = 3
+    resize: bool = False
+    """Scale every image to `size` (bilinear)."""
+    mean: tuple[float, ...] = (0.5,)
+    """Of pixels between 0 and 1, for each channel or for all; taken away before division by `std`."""
+    std: tuple[float, ...] = (0.5,)
+    max_length: ClassVar[int] = 1
+
+    @model_validator(mode="after")
+    def _one_for_each_channel(self) -> ImageClassification:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, self.channels):
+                raise ValueError(f"{name} must have 1 or {self.channels} values, got {len(values)}")
+        if min(self.std) <= 0:
+            raise ValueError(f"std must be above 0, got {min(self.std)}")
+        return self
+
+
+class Embedding(_Text):
+    """A vector for each text: the student imitates the teacher's. A scored position is a row; labels, if any, only judge the result."""
+
+    type: Literal["embedding"]
+    pooling: Literal["mean", "first"] = "mean"
+    """How the last hidden states of a text become its vector: their mean, or the first token's."""
+    label: str = "label"
+    """Column of a label for retrieval and linear probes; rows without one are left out there."""
+    labels: tuple[str, ...] | None = None
+
+
+TaskConfig = Annotated[
+    TextClassification | MultiLabel | Regression | TokenClassification | CausalLM | MaskedLM | ImageClassification | Embedding,
+    Field(discriminator="type"),
+]
 
 
 # ------------------------------------------------------------------------------------------------------------- training
+
+
+class Mixup(Config):
+    """Each row and its neighbour in the batch are mixed: pixels, or the embeddings of texts; labels in the same shares (Zhang et al. 2018)."""
+
+    type: Literal["mixup"]
+    alpha: float = Field(0.4, gt=0, le=10)
+    """Of the Beta distribution that the share is drawn from."""
+
+
+class MaskTokens(Config):
+    """Some tokens of a text are hidden from teacher and student."""
+
+    type: Literal["mask_tokens"]
+    share: float = Field(0.1, gt=0, lt=1)
+
+
+AugmentConfig = Annotated[Mixup | MaskTokens, Field(discriminator="type")]
 
 
 class TrainingConfig(Config):
@@ -83,6 +201,8 @@ class TrainingConfig(Config):
     """Of matrix products; weights stay fp32. auto: bf16 where the hardware has it."""
     dropout: float | None = Field(0.0, ge=0, lt=1)
     """0 makes a run independent of the number of workers; null leaves what the model's own configuration says."""
+    augment: AugmentConfig | None = None
+    """Inputs that are not in the corpus; with a live teacher only."""
     seed: int = Field(0, ge=0, lt=2**31)
     log_every: int = Field(10, ge=1)
     """Steps between two points of a learning curve."""
@@ -108,26 +228,107 @@ class DenseLogits(Config):
     dtype: Literal["float16", "float32"] = "float16"
 
 
+class TopKLogits(Config):
+    """The k largest log-probabilities of every scored position; all others together are one more class, so that nothing is left out.
+
+    Beside them the log-sum-exp of the whole vocabulary at `temperatures`, which makes these temperatures exact, and the log-probability
+    of the label itself.
+    """
+
+    type: Literal["topk"]
+    k: int = Field(24, ge=1, le=4096)
+    dtype: Literal["float16", "float32", "uint8"] = "float16"
+    """uint8: in steps of 1/8 nat down to -31.875."""
+    temperatures: tuple[Annotated[float, Field(gt=0, le=100)], ...] = Field((1.0,), min_length=1)
+    """Those of the losses that read them: 4 bytes a position for each but 1."""
+
+    @property
+    def stored_temperatures(self) -> tuple[float, ...]:
+        """Those that need a number of their own: at 1 it is 0."""
+        return tuple(temperature for temperature in self.temperatures if temperature != 1)
+
+
+class SampledLogits(Config):
+    """Classes drawn at random from the teacher's distribution, with how often each was drawn: an unbiased sample of it (arXiv 2503.16870).
+
+    Beside them the log-probability of the label itself.
+    """
+
+    type: Literal["sampled"]
+    draws: int = Field(32, ge=1, le=1000)
+    temperature: float = Field(1.0, gt=0, le=100)
+    """Of the distribution drawn from: the one that losses can have."""
+
+
+LogitsConfig = Annotated[DenseLogits | TopKLogits | SampledLogits, Field(discriminator="type")]
+
+
 class Features(Config):
-    """Inner states of the teacher at the scored positions (for classification: the first token)."""
+    """Inner states of the teacher."""
 
     layers: tuple[int, ...] = ()
     """Outputs of these layers, counted from 0."""
+    at: Literal["scored", "tokens"] = "scored"
+    """Of `layers`: at the scored positions (for a label of a text: the token that the head reads), or at every token."""
     pooled: bool = False
-    """Input of the classification head."""
+    """Input of the head, at the scored positions; of an embedding task the embedding."""
+    relations: int | None = Field(None, ge=0)
+    """Layer whose queries, keys and values are kept at every token (MiniLMv2)."""
     dtype: Literal["float16", "float32"] = "float16"
 
 
 class TargetsConfig(Config):
     """What the teacher writes into the target store."""
 
-    logits: DenseLogits = DenseLogits()
+    logits: LogitsConfig | None = None
+    """None: what `default_logits` says for the task."""
     features: Features | None = None
 
 
+def default_logits(task: TaskConfig) -> DenseLogits | SampledLogits | None:
+    """Dense for a few classes, draws for a vocabulary (docs/breadth.md has the figures), nothing for embeddings."""
+    if isinstance(task, CausalLM | MaskedLM):
+        return SampledLogits(type="sampled")
+    return None if isinstance(task, Embedding) else DenseLogits()
+
+
+class NewModel(Config):
+    """A model that begins with random weights, and for text with a byte-level BPE tokenizer made from the corpus's training texts."""
+
+    architecture: Literal["gpt2", "llama", "bert", "resnet", "vit"]
+    layers: int | None = Field(None, ge=1)
+    hidden_size: int | None = Field(None, ge=4)
+    heads: int | None = Field(None, ge=1)
+    intermediate_size: int | None = Field(None, ge=4)
+    """None: four times hidden_size."""
+    vocabulary: int = Field(8192, ge=300)
+    """Most tokens."""
+    depths: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Of a resnet, blocks of each stage; with `hidden_sizes` in place of the sizes above."""
+    hidden_sizes: tuple[Annotated[int, Field(ge=4)], ...] = ()
+    seed: int = Field(0, ge=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _has_its_sizes(self) -> NewModel:
+        sizes = (self.layers, self.hidden_size, self.heads)
+        if self.architecture == "resnet":
+            if not self.depths or len(self.depths) != len(self.hidden_sizes) or any(sizes):
+                raise ValueError("a resnet has depths and hidden_sizes, one of each a stage, and no other size")
+        elif not all(sizes) or self.depths or self.hidden_sizes:
+            raise ValueError(f"{self.architecture} has layers, hidden_size and heads, and no depths or hidden_sizes")
+        elif self.hidden_size and self.heads and self.hidden_size % self.heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}")
+        return self
+
+    def __str__(self) -> str:
+        sizes = self.hidden_sizes or (self.layers, self.hidden_size)
+        return f"new {self.architecture} {'x'.join(map(str, sizes))}"
+
+
 class TeacherConfig(Config):
-    model: str = Field(min_length=1)
-    """Hub id, folder, s3://... or package:NAME/folder (weights shipped inside a Python package)."""
+    model: Annotated[str, Field(min_length=1)] | NewModel
+    """Hub id, folder, s3://..., package:NAME/folder (weights shipped inside a Python package), student:JOB/STUDENT (a finished student of
+    another job in the same storage); or the sizes of a new one, which then needs `training`."""
     revision: str | None = None
     """Commit of a hub model."""
     training: TrainingConfig | None = None
@@ -138,28 +339,52 @@ class TeacherConfig(Config):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     pickled_weights: bool = False
     """Read .bin weights, whose unpickling can run code."""
+    live: bool = False
+    """Ask it at every step instead of once: for what cannot be stored, at the price of a forward pass of the teacher a step."""
+
+    @model_validator(mode="after")
+    def _a_new_one_is_trained(self) -> TeacherConfig:
+        if isinstance(self.model, NewModel) and self.training is None:
+            raise ValueError("a new model knows nothing: give it a training section")
+        return self
 
 
 # -------------------------------------------------------------------------------------------------------------- student
 
 
 class LayersStudent(Config):
-    """The teacher with some of its layers: same widths, embeddings and head."""
+    """The teacher, cut: with some of its layers, some of its width, the part of its vocabulary that the corpus uses."""
 
     type: Literal["layers"]
     layers: tuple[int, ...] | None = None
     """Which layers of the teacher, counted from 0, in order."""
     count: int | None = Field(None, ge=1)
-    """How many layers, chosen by `choose`; instead of `layers`."""
+    """How many layers, chosen by `choose`; instead of `layers`. Neither: all of them."""
     choose: Literal["first", "last", "even"] | None = None
     """With `count`. even (also None): spread over the depth, first and last layer included."""
+    hidden_size: int | None = Field(None, ge=4)
+    """None: the teacher's; so with the next two. What stays is what does most on a sample of the corpus."""
+    heads: int | None = Field(None, ge=1)
+    intermediate_size: int | None = Field(None, ge=4)
+    sample: int = Field(256, ge=1, le=65536)
+    """Rows on which it is measured what the units of the teacher do."""
+    trim_vocabulary: bool = False
+    """Leave out tokens that occur nowhere in the training and validation rows, from the embedding and the tokenizer."""
+
+    @property
+    def cuts_width(self) -> bool:
+        return any(size is not None for size in (self.hidden_size, self.heads, self.intermediate_size))
 
     @model_validator(mode="after")
     def _one_choice(self) -> LayersStudent:
-        if (self.layers is None) == (self.count is None):
+        if self.layers is not None and self.count is not None:
             raise ValueError("set one of layers and count")
-        if self.layers is not None and (self.choose or not self.layers):
-            raise ValueError("layers names the layers itself: give at least one, and leave choose out")
+        if self.layers is None and self.count is None and not self.cuts_width and not self.trim_vocabulary:
+            raise ValueError("nothing is cut: set one of layers and count, or a size")
+        if self.choose is not None and self.count is None:
+            raise ValueError("choose goes with count")
+        if self.layers is not None and not self.layers:
+            raise ValueError("layers names the layers itself: give at least one")
         if self.layers is not None and (list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0):
             raise ValueError(f"layers must rise without repeats from 0 on, got {list(self.layers)}")
         return self
@@ -181,6 +406,24 @@ class ScratchStudent(Config):
         return self
 
 
+class ConvolutionalStudent(Config):
+    """A new ResNet with sizes of its own."""
+
+    type: Literal["convolutional"]
+    depths: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
+    """Blocks of each stage."""
+    hidden_sizes: tuple[Annotated[int, Field(ge=4)], ...] = Field(min_length=1)
+    """Channels of each stage."""
+    embedding_size: int | None = Field(None, ge=4)
+    """Channels before the first stage. None: those of the first stage."""
+
+    @model_validator(mode="after")
+    def _one_size_a_stage(self) -> ConvolutionalStudent:
+        if len(self.depths) != len(self.hidden_sizes):
+            raise ValueError(f"depths and hidden_sizes must name as many stages, got {len(self.depths)} and {len(self.hidden_sizes)}")
+        return self
+
+
 class PretrainedStudent(Config):
     """A model of its own that reads the teacher's token ids."""
 
@@ -198,83 +441,345 @@ class ProbeStudent(Config):
     needs: ClassVar[frozenset[str]] = frozenset({"pooled"})
 
 
-StudentConfig = Annotated[LayersStudent | ScratchStudent | PretrainedStudent | ProbeStudent, Field(discriminator="type")]
+StudentConfig = Annotated[
+    LayersStudent | ScratchStudent | ConvolutionalStudent | PretrainedStudent | ProbeStudent, Field(discriminator="type")
+]
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
 
 
-class CrossEntropy(Config):
-    """-log q(label), over labelled positions only."""
+class Ramp(Config):
+    """A number that changes as the training goes on."""
+
+    start: float
+    end: float
+    shape: Literal["linear", "cosine"] = "linear"
+    until: float = Field(1.0, gt=0, le=1)
+    """Share of the steps after which it has arrived at `end`."""
+
+    def at(self, progress: float) -> float:
+        """progress: share of the steps that are done, from 0 to 1."""
+        done = min(1.0, progress / self.until)
+        return self.start + (self.end - self.start) * (done if self.shape == "linear" else (1 - math.cos(math.pi * done)) / 2)
+
+
+Unit = Literal["labels", "positions", "tokens", "rows"]
+"""What a term is averaged over: labelled positions, scored positions, tokens, rows."""
+
+Weight = Annotated[float, Field(ge=0)] | Ramp
+Temperature = Annotated[float, Field(gt=0, le=100)] | Ramp
+LayerMap = Annotated[dict[int, int], Field(min_length=1)] | Literal["even", "last", "skip"]
+"""Student layer -> teacher layer, both counted from 0. even: spread over the teacher's depth, last onto last; last: the teacher's last
+ones; skip: every n-th from the first on (as DistilBERT starts)."""
+
+
+class _Loss(Config):
+    weight: Weight = 1.0
+    teacher: str | dict[str, float] | None = None
+    """Which of several teachers; or a mean of their probabilities with these shares. None: the only one."""
+    unit: ClassVar[Unit] = "positions"
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="after")
+    def _in_range(self) -> Self:
+        for name, least in (("weight", 0.0), ("temperature", 1e-3)):
+            value = getattr(self, name, None)
+            if isinstance(value, Ramp) and min(value.start, value.end) < least:
+                raise ValueError(f"{name} must not go below {least:g}, got {value.start:g} to {value.end:g}")
+        if isinstance(self.teacher, dict) and (min(self.teacher.values(), default=0.0) <= 0 or abs(sum(self.teacher.values()) - 1) > 1e-6):
+            raise ValueError(f"shares of teachers must be above 0 and add up to 1, got {self.teacher}")
+        return self
+
+
+class CrossEntropy(_Loss):
+    """-log q(label), over labelled positions only, in nats."""
 
     type: Literal["cross_entropy"]
-    weight: float = Field(1.0, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
+    unit: ClassVar[Unit] = "labels"
     needs: ClassVar[frozenset[str]] = frozenset({"labels"})
 
 
-class ForwardKL(Config):
-    """KL(teacher || student) of the softened distributions, times temperature squared (Hinton et al. 2015)."""
+class BinaryCrossEntropy(_Loss):
+    """Sum over labels of -log of the probability of their being there or not, over labelled rows only: the hard term of multi_label."""
+
+    type: Literal["binary_cross_entropy"]
+    unit: ClassVar[Unit] = "labels"
+    needs: ClassVar[frozenset[str]] = frozenset({"labels"})
+
+
+class LabelMSE(_Loss):
+    """Squared difference to the label, over labelled rows only: the hard term of regression."""
+
+    type: Literal["label_mse"]
+    unit: ClassVar[Unit] = "labels"
+    needs: ClassVar[frozenset[str]] = frozenset({"labels"})
+
+
+class _Soft(_Loss):
+    temperature: Temperature = 2.0
+    route: Literal["surest"] | None = None
+    """With several teachers: at each position only the one whose softened distribution has the least entropy, in place of their mean."""
+    needs: ClassVar[frozenset[str]] = frozenset({"distribution"})
+
+    @model_validator(mode="after")
+    def _routes_among_several(self) -> Self:
+        if self.route is not None and not isinstance(self.teacher, dict):
+            raise ValueError(f"route chooses among several teachers: name them in teacher with shares, got {self.teacher}")
+        return self
+
+
+class ForwardKL(_Soft):
+    """KL(teacher || student) of the softened distributions, times temperature squared (Hinton et al. 2015). Of sampled targets the cross
+    entropy, which is larger by the teacher's entropy and has the same gradient."""
 
     type: Literal["forward_kl"]
-    weight: float = Field(1.0, ge=0)
-    temperature: float = Field(2.0, gt=0, le=100)
-    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    needs: ClassVar[frozenset[str]] = frozenset({"distribution or draws"})
 
 
-class ReverseKL(Config):
+class ReverseKL(_Soft):
     """KL(student || teacher) of the softened distributions, times temperature squared."""
 
     type: Literal["reverse_kl"]
-    weight: float = Field(1.0, ge=0)
-    temperature: float = Field(2.0, gt=0, le=100)
-    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
 
-class JensenShannon(Config):
+class JensenShannon(_Soft):
     """Generalised Jensen-Shannon divergence over beta (1 - beta), of the softened distributions, times temperature squared."""
 
     type: Literal["jsd"]
-    weight: float = Field(1.0, ge=0)
-    temperature: float = Field(2.0, gt=0, le=100)
     beta: float = Field(0.5, ge=0, le=1)
     """The teacher's share of the mixture: 0 is forward KL, 1 reverse KL, between them it changes smoothly."""
+
+
+class SkewedKL(_Soft):
+    """KL(teacher || alpha teacher + (1 - alpha) student), times temperature squared (DistiLLM, Ko et al. 2024)."""
+
+    type: Literal["skewed_kl"]
+    alpha: float = Field(0.1, ge=0, lt=1)
+
+
+class SkewedReverseKL(_Soft):
+    """KL(student || (1 - alpha) teacher + alpha student), times temperature squared (DistiLLM, Ko et al. 2024)."""
+
+    type: Literal["skewed_reverse_kl"]
+    alpha: float = Field(0.1, ge=0, lt=1)
+
+
+class AdaptiveKL(_Soft):
+    """Forward and reverse KL, weighed by where the student is off: at the teacher's likely classes or at the others (Wu et al. 2024)."""
+
+    type: Literal["adaptive_kl"]
+    head: float = Field(0.5, gt=0, lt=1)
+    """Teacher's mass of the likely classes."""
+
+
+class TotalVariation(_Soft):
+    """Half the L1 distance of the softened distributions, times temperature (its gradient falls with 1/T, not 1/T squared)."""
+
+    type: Literal["total_variation"]
+
+
+class _OfLogits(_Soft):
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
 
-class L2Distil(Config):
+class UniversalLogit(_OfLogits):
+    """L1 distance of the sorted probabilities, 0 to 2, for vocabularies that do not match (ULD, Boizard et al. 2024)."""
+
+    type: Literal["universal_logit"]
+    temperature: Temperature = 1.0
+
+
+class L2Distil(_OfLogits):
     """Squared L2 distance between student and teacher probabilities, summed over classes."""
 
     type: Literal["l2_distil"]
-    weight: float = Field(1.0, ge=0)
-    temperature: float = Field(1.0, gt=0, le=100)
-    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+    temperature: Temperature = 1.0
 
 
-class LogitMSE(Config):
+class LogitMSE(_Loss):
     """Mean over classes of the squared difference of centred logits (Ba and Caruana 2014)."""
 
     type: Literal["logit_mse"]
-    weight: float = Field(1.0, ge=0)
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
 
-class PatientKD(Config):
-    """Squared distance of L2-normalised hidden states at the scored position, summed over layer pairs (PKD, Sun et al. 2019)."""
+class TeacherMSE(_Loss):
+    """Squared difference to the teacher's number: the soft term of regression."""
+
+    type: Literal["teacher_mse"]
+    needs: ClassVar[frozenset[str]] = frozenset({"logits"})
+
+
+class StandardisedKL(_OfLogits):
+    """Forward KL of logits that were given mean 0 and deviation 1 in each row, times temperature squared (Sun et al. 2024)."""
+
+    type: Literal["standardised_kl"]
+
+
+class BinaryKL(_OfLogits):
+    """Sum over labels of the KL between the teacher's and the student's yes or no, times temperature squared: soft term of multi_label."""
+
+    type: Literal["binary_kl"]
+
+
+class DecoupledKD(_OfLogits):
+    """alpha times the KL about the label, beta times the KL among the other classes, times temperature squared (Zhao et al. 2022)."""
+
+    type: Literal["decoupled_kd"]
+    alpha: float = Field(1.0, ge=0)
+    beta: float = Field(8.0, ge=0)
+
+
+class Dist(_OfLogits):
+    """1 - correlation between the classes of a row, plus gamma times that between the rows of a group (DIST, Huang et al. 2022)."""
+
+    type: Literal["dist"]
+    gamma: float = Field(1.0, ge=0)
+    group: int = Field(8, ge=2, le=256)
+    """Rows that are compared with each other: neighbours in a global batch."""
+    unit: ClassVar[Unit] = "rows"
+
+
+class _OfLayers(_Loss):
+    layers: LayerMap | None = None
+    """Pairs of layers, summed over. None: the pooled output."""
+    projection: bool = False
+    """A linear layer for each pair from the student's width to the teacher's, trained along and left out of the export."""
+
+    @property
+    def features(self) -> frozenset[str]:
+        return frozenset({"pooled"} if self.layers is None else {"hidden"})
+
+
+class HiddenMSE(_OfLayers):
+    """Mean over the width of the squared difference of states, by default after layer normalisation of both."""
+
+    type: Literal["hidden_mse"]
+    normalise: bool = True
+
+
+class Cosine(_OfLayers):
+    """1 - cosine of states, 0 to 2."""
+
+    type: Literal["cosine"]
+
+
+class PatientKD(_OfLayers):
+    """Squared distance of L2-normalised states, 0 to 4 for each pair (PKD, Sun et al. 2019)."""
 
     type: Literal["pkd"]
-    weight: float = Field(1.0, ge=0)
-    layers: dict[int, int] = Field(min_length=1)
-    """Student layer -> teacher layer, both counted from 0. Widths must agree."""
-    needs: ClassVar[frozenset[str]] = frozenset({"hidden"})
+    layers: LayerMap
 
 
-LossConfig = Annotated[CrossEntropy | ForwardKL | ReverseKL | JensenShannon | L2Distil | LogitMSE | PatientKD, Field(discriminator="type")]
+class AttentionKL(_Loss):
+    """KL between rows of attention of two layers, mean over heads and queries. Asks a live teacher with as many heads."""
+
+    type: Literal["attention_kl"]
+    layers: LayerMap
+    unit: ClassVar[Unit] = "rows"
+    needs: ClassVar[frozenset[str]] = frozenset({"attentions"})
+
+
+class RelationKL(_Loss):
+    """KL between relations of queries, of keys and of values among the tokens of a row (MiniLMv2, Wang et al. 2021): no equal widths needed."""
+
+    type: Literal["relation_kl"]
+    layer: int = Field(-1)
+    """Of the student; -1 is the last one. The teacher's is teacher.targets.features.relations."""
+    heads: int = Field(12, ge=1)
+    """Relation heads into which the widths are divided."""
+    unit: ClassVar[Unit] = "rows"
+    needs: ClassVar[frozenset[str]] = frozenset({"relations"})
+
+
+class _OfGroups(_Loss):
+    group: int = Field(8, ge=2, le=256)
+    """Rows that are compared with each other: neighbours in a global batch."""
+    unit: ClassVar[Unit] = "rows"
+    needs: ClassVar[frozenset[str]] = frozenset({"pooled"})
+
+
+class RelationalDistance(_OfGroups):
+    """Huber loss between distances of pairs of rows, over their mean (RKD, Park et al. 2019)."""
+
+    type: Literal["rkd_distance"]
+
+
+class RelationalAngle(_OfGroups):
+    """Huber loss between angles of triples of rows (RKD, Park et al. 2019)."""
+
+    type: Literal["rkd_angle"]
+
+
+class SimilarityPreserving(_OfGroups):
+    """Mean squared difference of row-normalised Gram matrices (Tung and Mori 2019)."""
+
+    type: Literal["similarity_preserving"]
+
+
+class SimilarityKL(_OfGroups):
+    """KL between softened cosine similarities of a row to the others of its group."""
+
+    type: Literal["similarity_kl"]
+    temperature: Temperature = 0.05
+
+
+class Contrastive(_OfGroups):
+    """Finds the teacher's vector of a row among those of its group, -log of its share (InfoNCE, CRD: Tian et al. 2020)."""
+
+    type: Literal["contrastive"]
+    temperature: Temperature = 0.05
+    projection: bool = False
+    """A linear layer from the student's width to the teacher's, trained along and left out of the export."""
+
+
+HardLoss = CrossEntropy | BinaryCrossEntropy | LabelMSE
+
+LossConfig = Annotated[
+    CrossEntropy | BinaryCrossEntropy | LabelMSE | ForwardKL | ReverseKL | JensenShannon | SkewedKL | SkewedReverseKL | AdaptiveKL
+    | TotalVariation | UniversalLogit | L2Distil | LogitMSE | TeacherMSE | StandardisedKL | BinaryKL | DecoupledKD | Dist | HiddenMSE
+    | Cosine | PatientKD | AttentionKL | RelationKL | RelationalDistance | RelationalAngle | SimilarityPreserving | SimilarityKL
+    | Contrastive,
+    Field(discriminator="type"),
+]  # fmt: skip
+
+HARD: Mapping[str, type[HardLoss]] = {
+    "text_classification": CrossEntropy, "multi_label": BinaryCrossEntropy, "regression": LabelMSE, "token_classification": CrossEntropy,
+    "causal_lm": CrossEntropy, "masked_lm": CrossEntropy, "image_classification": CrossEntropy,
+}  # fmt: skip
+"""The hard term of each task. An embedding task has none."""
+
+
+def hard_loss(task: TaskConfig, weight: float = 1.0) -> HardLoss | None:
+    kind = HARD.get(task.type)
+    return kind.model_validate({"type": get_args(kind.model_fields["type"].annotation)[0], "weight": weight}) if kind else None
+
+
+def needs_of(loss: Any) -> frozenset[str]:
+    """What a term (or a student) asks of the signal, by the names of `held_by`."""
+    return frozenset(loss.needs | getattr(loss, "features", frozenset()))
+
+
+def weighs(loss: Any) -> bool:
+    """Whether a term counts at any step."""
+    return max(loss.weight.start, loss.weight.end) > 0 if isinstance(loss.weight, Ramp) else loss.weight > 0
 
 
 def only_labels(losses: Mapping[str, Any]) -> bool:
     """Whether all of these terms need labels, so that only labelled rows are trained on."""
     return all("labels" in loss.needs for loss in losses.values())
+
+
+class LiveTeacher(Config):
+    """A teacher that a training run asks itself."""
+
+    folder: str
+    """Of its weights in the storage."""
+    targets: TargetsConfig
+    """What it is asked for."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
 
 
 class FitConfig(Config):
@@ -291,8 +796,18 @@ class FitConfig(Config):
     """Root of all paths below."""
     corpus: str
     """Folder of the corpus in the storage."""
-    targets: str | None
-    """Folder of the target store; None where no loss asks a teacher."""
+    targets: dict[str, str] = {}
+    """Folder of the target store of each teacher that a loss asks."""
+    live: dict[str, LiveTeacher] = {}
+    """Teachers that are asked at every step instead."""
+    features_at: Literal["scored", "tokens"] = "scored"
+    """Where hidden states are compared, as in `Features.at`."""
+    lead: str = ONLY
+    """Teacher that scores compare with."""
+    widths: dict[str, int] = {}
+    """Of the hidden states of each teacher, for projections."""
+    start: str | None = None
+    """Folder in the storage of a finished student that is trained further."""
     teacher: str | None
     """Folder of the teacher's weights in the storage, or a model as in `TeacherConfig.model`, that a student is cut from."""
     output: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,12 +34,15 @@ class Curve:
         """Leave out time that was spent on something else."""
         self._clock += seconds
 
-    def take(self, squares: Mapping[str, Tensor]) -> dict[str, float]:
-        """The point, over all ranks; starts the next one. squares: of the gradient of each term in the last step (`gradient_squares`)."""
+    def take(self, squares: Mapping[str, Tensor], losses: Mapping[str, Any]) -> dict[str, float]:
+        """The point, over all ranks; starts the next one. squares: of the gradient of each term in the last step (`gradient_squares`).
+
+        losses: the terms as they are now, if their weights change.
+        """
         stacked = torch.stack([values[name] for values in (self._sums, squares) for name in self._losses]).double()
         found = self._session.all_reduce(stacked).tolist()
         seconds, terms = time.perf_counter() - self._clock, len(self._losses)
-        point = describe(self._losses, dict(zip(self._losses, found[:terms], strict=True)), self._counts)
+        point = describe(losses, dict(zip(self._losses, found[:terms], strict=True)), self._counts)
         point |= {f"train/gradient/{name}": math.sqrt(square) for name, square in zip(self._losses, found[terms:], strict=True)}
         point |= {"perf/rows_per_second": self._rows / seconds, "perf/tokens_per_second": self._tokens / seconds}
         self.__init__(self._losses, self._session)  # type: ignore[misc]

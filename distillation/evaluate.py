@@ -1,36 +1,35 @@
-"""What a model is worth and what it costs. Teacher, baseline and student go through the same lines.
+"""What a model is worth and what it costs. Teacher, baseline and student go through the same lines, whatever the task.
 
-Legend: n rows, m labelled rows, c classes, k bins. Logits are [n, c] fp32, labels [n] with -1 where a row has none.
-Whatever needs a label leaves unlabelled rows out; agreement and divergence use all rows.
+Legend: n rows, m statistics of the task, c classes. Whatever needs a label leaves unlabelled rows out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict
-from scipy.special import log_softmax
-from scipy.stats import binomtest
-from sklearn.metrics import confusion_matrix, f1_score
+from scipy.stats import spearmanr
 
+from distillation import neighbours
+from distillation.config import Embedding, ImageClassification, Regression, TaskConfig, TextClassification
 from distillation.errors import InputError
-from distillation.inference import Precision, answers, costs, ratios
-from distillation.models import label_names, label_order, load_classifier, use_bf16
+from distillation.gathering import Gathered, gather
+from distillation.inference import Precision, batches_of, costs, load_trained, ratios, rows_for
+from distillation.intervals import Better, Score, bounds, compare, redraw, scored
+from distillation.models import use_bf16
+from distillation.network import Network
+from distillation.quality import Bin, Disagreement, against, confusion, disagreements, quality, reliability, require_labels
 from distillation.store import Columns
+from distillation.tasks import Task
 
 Role = Literal["teacher", "baseline", "student"]
 
-BINS = 15
-"""Of confidence, equally wide; Guo et al. 2017."""
-Z = 1.959963984540054
-"""Normal quantile of a two-sided 95 % interval."""
-EXAMPLES = 8
-TEXT_LENGTH = 400
-"""Characters of an example text that are kept."""
+BESIDE = ("agreement", "kl_to_teacher", "mse_to_teacher")
+"""Metrics of a task that are about a model and its teacher."""
 
 
 class Candidate(NamedTuple):
@@ -42,21 +41,6 @@ class Candidate(NamedTuple):
     baseline: str | None = None
 
 
-class Bin(BaseModel):
-    """Rows whose confidence fell into one bin; means are 0 where there are none."""
-
-    rows: int
-    confidence: float
-    accuracy: float
-
-
-class Disagreement(BaseModel):
-    text: str
-    label: str | None
-    answer: str
-    teacher: str
-
-
 class Evaluation(BaseModel):
     """All that was found about one model, as JSON. A model without a teacher beside it has empty `against` and `ratios`."""
 
@@ -65,122 +49,43 @@ class Evaluation(BaseModel):
     role: Role
     name: str
     baseline: str | None = None
+    task: str = "text_classification"
+    """Its type."""
+    headline: str = "accuracy"
+    """The metric of `quality` that retention and gain are about; beside it are its `_low` and `_high`, a 95 % interval."""
+    better: Better = "max"
+    """Whether more or less of it is better."""
     labels: tuple[str, ...]
     rows: int
     labelled: int
+    positions: int = 0
+    """Scored ones: rows, words or tokens."""
     precision: Literal["bf16", "fp32"]
     device: str
     quality: dict[str, float]
     against: dict[str, float] = {}
+    """agreement and distance to the teacher; retention; gain over the baseline (above 0 is better), see `intervals`."""
     cost: dict[str, float]
     ratios: dict[str, float] = {}
-    confusion: list[list[int]]
-    """[true class][predicted class]"""
-    reliability: list[Bin]
+    confusion: list[list[int]] = []
+    """[true class][predicted class], of rows or of words; empty where there are no such classes."""
+    reliability: list[Bin] = []
     disagreements: list[Disagreement] = []
 
 
-# --------------------------------------------------------------------------------------------------------------- quality
+class Judged(NamedTuple):
+    """Quality of every model, and of all but the teacher what stands against it."""
 
-
-def quality(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """How good the answers are, over the labelled rows.
-
-    accuracy, with `accuracy_low` and `accuracy_high`, the 95 % interval of Wilson (1927); macro_f1 over the classes that occur
-    among labels or answers; nll = mean -log q(label); ece = sum over bins of rows/m * |accuracy - mean confidence| (Guo et al. 2017).
-    """
-    logits, labels = _labelled(logits, labels)
-    answers, count = logits.argmax(axis=1), len(labels)
-    accuracy = float((answers == labels).mean())
-    centre, width = accuracy + Z**2 / (2 * count), Z * np.sqrt(accuracy * (1 - accuracy) / count + Z**2 / (4 * count**2))
-    return {
-        "accuracy": accuracy,
-        "accuracy_low": max(0.0, float((centre - width) / (1 + Z**2 / count))),
-        "accuracy_high": min(1.0, float((centre + width) / (1 + Z**2 / count))),
-        "macro_f1": float(f1_score(labels, answers, average="macro")),
-        "nll": float(-log_softmax(logits.astype(np.float64), axis=1)[np.arange(count), labels].mean()),
-        "ece": float(sum(b.rows * abs(b.accuracy - b.confidence) for b in reliability(logits, labels)) / count),
-    }
-
-
-def reliability(logits: np.ndarray, labels: np.ndarray) -> list[Bin]:
-    """Confidence (probability of the answer) against accuracy in `BINS` bins ((i-1)/k, i/k], over the labelled rows."""
-    logits, labels = _labelled(logits, labels)
-    confidence = np.exp(log_softmax(logits.astype(np.float64), axis=1).max(axis=1))
-    right = _right(logits, labels)
-    place = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
-    rows = np.bincount(place, minlength=BINS)
-    filled = np.maximum(rows, 1)
-    means = np.bincount(place, confidence, BINS) / filled, np.bincount(place, right, BINS) / filled
-    return [Bin(rows=int(r), confidence=float(q), accuracy=float(a)) for r, q, a in zip(rows, *means, strict=True)]
-
-
-def against(
-    logits: np.ndarray,
-    teacher_logits: np.ndarray,
-    labels: np.ndarray,
-    baseline_logits: np.ndarray | None = None,
-    *,
-    seed: int = 0,
-    draws: int = 2000,
-) -> dict[str, float]:
-    """A model beside its teacher and, if given, beside the same model trained without it.
-
-    agreement: share of rows with the same answer; kl_to_teacher: mean KL(teacher || model) in nats at temperature 1, fp64;
-    retention: accuracy / the teacher's, with a paired bootstrap 95 % interval (percentiles; the same rows are drawn for all models;
-    draws in which the teacher gets nothing right are left out). With a baseline: gain over its accuracy in points (0.01 of accuracy)
-    with its interval, and mcnemar_p, the exact two-sided p of "neither is better" over the rows that only one gets right.
-    Raises InputError where no row is labelled or the teacher gets none right.
-    """
-    p, q = (log_softmax(x.astype(np.float64), axis=1) for x in (teacher_logits, logits))
-    result = {
-        "agreement": float((logits.argmax(axis=1) == teacher_logits.argmax(axis=1)).mean()),
-        "kl_to_teacher": float((np.exp(p) * (p - q)).sum(axis=1).mean()),
-    }
-    right, right_teacher = _right(logits, labels), _right(teacher_logits, labels)
-    right_baseline = right if baseline_logits is None else _right(baseline_logits, labels)
-    if not right_teacher.any():
-        raise InputError("DST-3325", "teacher gets no labelled row right", expected="a teacher worth keeping", found="accuracy 0")
-    # Rows differ only in who is right about them: drawing rows with replacement is drawing counts of the 8 cases.
-    cases = np.bincount(4 * right + 2 * right_teacher + right_baseline, minlength=8)
-    drawn = np.random.default_rng(seed).multinomial(len(right), cases / len(right), size=draws)
-    who = np.array([[i >> 2 & 1, i >> 1 & 1, i & 1] for i in range(8)])
-    model, teacher, baseline = (drawn @ who).T
-    kept = model[teacher > 0] / teacher[teacher > 0]
-    result["retention"] = float(right.sum() / right_teacher.sum())
-    result["retention_low"], result["retention_high"] = (float(x) for x in np.percentile(kept, [2.5, 97.5]))
-    if baseline_logits is not None:
-        gains = 100 * (model - baseline) / len(right)
-        won, lost = int((right & ~right_baseline).sum()), int((right_baseline & ~right).sum())
-        result["gain"] = 100 * (won - lost) / len(right)
-        result["gain_low"], result["gain_high"] = (float(x) for x in np.percentile(gains, [2.5, 97.5]))
-        result["mcnemar_p"] = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
-    return result
-
-
-def _right(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    logits, labels = _labelled(logits, labels)
-    return np.asarray(logits.argmax(axis=1) == labels)
-
-
-def _labelled(logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    _require_labels(labels, logits.shape[1])
-    return logits[labels >= 0], labels[labels >= 0]
-
-
-def _require_labels(labels: np.ndarray, classes: int) -> None:
-    if not (labels >= 0).any():
-        raise InputError("DST-3321", "no labelled row to evaluate on", expected="a split with labels", found=f"{len(labels)} rows without")
-    if int(labels.max()) >= classes:
-        raise InputError("DST-3324", "label that the model does not know", expected=f"0 to {classes - 1}", found=str(int(labels.max())))
-
-
-# -------------------------------------------------------------------------------------------------------------- evaluate
+    headline: str
+    better: Better
+    quality: dict[str, dict[str, float]]
+    against: dict[str, dict[str, float]]
 
 
 def evaluate(
     models: Sequence[Candidate],
     columns: Columns,
+    task: TaskConfig,
     labels: Sequence[str],
     *,
     batch_tokens: int = 8192,
@@ -193,67 +98,149 @@ def evaluate(
     """Every model over the same rows: the answers, then the cost (see `inference.cost`), for which the models take turns.
 
     Exactly one model is the teacher; a `baseline` names another of the models. `labels` are the corpus's, in its order: a model that has
-    them in another order is read by name, and one with other labels raises InputError, as do `predict`, `quality` and `against`.
-    Answers, latency and throughput share one precision.
+    them in another order is read by name, and one with other labels raises InputError. So do answers that are not finite, a split that
+    cannot be scored, and a teacher whose score leaves nothing to keep. Answers, latency and throughput share one precision.
     """
-    (teacher,) = (model for model in models if model.role == "teacher")
+    (teacher,) = (model.name for model in models if model.role == "teacher")
     assert len({model.name for model in models}) == len(models), "names differ"
     device = torch.device(device)
-    bf16 = use_bf16(precision, device)
-    truth = columns.whole("label")
-    _require_labels(truth, len(labels))
-    loaded = {model.name: load_classifier(model.folder).eval().to(device) for model in models}
-    logits: dict[str, np.ndarray] = {}
-    for _, name, folder, _ in models:
-        config = loaded[name].config
-        order = label_order(label_names(config.to_dict()), config.num_labels, tuple(labels), str(folder))
-        logits[name] = answers(loaded[name], columns, batch_tokens, bf16, device)[:, order]
+    bf16, one_label = use_bf16(precision, device), isinstance(task, TextClassification | ImageClassification)
+    if one_label:
+        require_labels(columns.whole("label"), len(labels))
+    loaded = {model.name: load_trained(model.folder, task, labels).to(device) for model in models}
+    rows = {model.name: rows_for(model.folder, columns, task, labels) for model in models}
+    networks = {name: Network(model, task).eval() for name, model in loaded.items()}
+    found = gather(networks, rows, teacher, batches_of(rows[teacher].lengths, task, batch_tokens), bf16, device)
+    judged = _judge(models, teacher, rows[teacher].task, found, columns, seed)
     pairs = [(loaded[model.name], model.folder) for model in models]
-    measured = costs(pairs, columns, batch_tokens, bf16, device, threads, repeats, seed)
-    cost = {model.name: found for model, found in zip(models, measured, strict=True)}
+    measured = costs(pairs, columns, task, labels, batch_tokens, bf16, device, threads, repeats, seed)
+    cost = {model.name: each for model, each in zip(models, measured, strict=True)}
     return [
         Evaluation(
             role=role,
             name=name,
             baseline=baseline,
+            task=task.type,
+            headline=judged.headline,
+            better=judged.better,
             labels=tuple(labels),
-            rows=len(truth),
-            labelled=int((truth >= 0).sum()),
+            rows=len(columns),
+            labelled=len(rows[name].labelled),
+            positions=int(rows[name].scored.sum()),
             precision="bf16" if bf16 else "fp32",
             device=str(device),
-            quality=quality(logits[name], truth),
-            against={}
-            if role == "teacher"
-            else against(logits[name], logits[teacher.name], truth, None if baseline is None else logits[baseline], seed=seed),
+            quality=judged.quality[name],
+            against=judged.against.get(name, {}),
             cost=cost[name],
-            ratios={} if role == "teacher" else ratios(cost[name], cost[teacher.name]),
-            confusion=confusion(logits[name], truth),
-            reliability=reliability(logits[name], truth),
-            disagreements=disagreements(columns, labels, logits[name], logits[teacher.name], seed=seed),
+            ratios={} if role == "teacher" else ratios(cost[name], cost[teacher]),
+            **(_by_class(found[name], found[teacher], columns, labels, seed) if one_label else _by_word(found[name])),
         )
         for role, name, _, baseline in models
     ]
 
 
-def confusion(logits: np.ndarray, labels: np.ndarray) -> list[list[int]]:
-    """Labelled rows by [true class][answer]."""
-    logits, labels = _labelled(logits, labels)
-    counts: list[list[int]] = confusion_matrix(labels, logits.argmax(axis=1), labels=range(logits.shape[1])).tolist()
-    return counts
+def _by_class(mine: Gathered, teacher: Gathered, columns: Columns, labels: Sequence[str], seed: int) -> dict[str, Any]:
+    assert mine.said is not None
+    assert teacher.said is not None
+    truth = columns.whole("label")
+    return {
+        "confusion": confusion(mine.said, truth),
+        "reliability": reliability(mine.said, truth),
+        "disagreements": disagreements(columns, labels, mine.said, teacher.said, seed=seed),
+    }
 
 
-def disagreements(
-    columns: Columns, names: Sequence[str], logits: np.ndarray, teacher_logits: np.ndarray, *, seed: int = 0
-) -> list[Disagreement]:
-    """Up to `EXAMPLES` rows, drawn by `seed`, to which a model and its teacher give different answers."""
-    mine, teachers, labels = logits.argmax(axis=1), teacher_logits.argmax(axis=1), columns.whole("label")
-    rows = np.sort(np.random.default_rng(seed).permutation(np.flatnonzero(mine != teachers))[:EXAMPLES])
-    return [
-        Disagreement(
-            text=text[:TEXT_LENGTH],
-            label=names[labels[row]] if labels[row] >= 0 else None,
-            answer=names[mine[row]],
-            teacher=names[teachers[row]],
-        )
-        for text, row in zip(columns.strings("text", rows), rows, strict=True)
-    ]
+def _by_word(mine: Gathered) -> dict[str, Any]:
+    return {"confusion": mine.confusion.tolist()} if mine.confusion is not None else {}
+
+
+# --------------------------------------------------------------------------------------------------------------- judging
+
+
+def _judge(models: Sequence[Candidate], teacher: str, task: Task, found: Mapping[str, Gathered], columns: Columns, seed: int) -> Judged:
+    if isinstance(task.config, Embedding):
+        return _embeddings(models, teacher, found, columns, seed)
+    if not isinstance(task.config, TextClassification | ImageClassification):
+        return _sums(models, teacher, task, found, columns, seed)
+    said, truth = {name: each.said for name, each in found.items()}, columns.whole("label")
+    beside = {
+        name: against(said[name], said[teacher], truth, None if baseline is None else said[baseline], seed=seed)  # type: ignore[arg-type]
+        for role, name, _, baseline in models
+        if role != "teacher"
+    }
+    return Judged("accuracy", "max", {name: quality(each, truth) for name, each in said.items() if each is not None}, beside)
+
+
+def _sums(models: Sequence[Candidate], teacher: str, task: Task, found: Mapping[str, Gathered], columns: Columns, seed: int) -> Judged:
+    """Tasks whose score is a function of sums over rows."""
+    sums = {name: each.sums for name, each in found.items()}
+    known = sums[teacher][:, 0] > 0  # the first statistic counts what has a label
+    if not known.any():
+        raise InputError("DST-3321", "no labelled row to evaluate on", expected="a split with labels", found=f"{len(known)} rows without")
+    better: Better = "min" if task.better == "min" else "max"
+    judged = _compared(
+        models, teacher, task.headline, better, {name: each[known] for name, each in sums.items()},
+        lambda drawn: task.metrics(drawn)[task.headline], seed,
+    )  # fmt: skip
+    for name, each in sums.items():
+        metrics = {key: value for key, value in task.scores(each.sum(0)).items() if key != task.headline}
+        if isinstance(task.config, Regression):
+            metrics["spearman"] = _spearman(found[name], columns.whole("label"), known)
+        judged.quality[name].update({key: value for key, value in metrics.items() if key not in BESIDE})
+        if name != teacher:
+            judged.against[name].update({key: value for key, value in metrics.items() if key in BESIDE})
+    return judged
+
+
+def _spearman(mine: Gathered, truth: np.ndarray, known: np.ndarray) -> float:
+    """Correlation of ranks; 0 where one side is constant."""
+    assert mine.said is not None
+    answers, numbers = mine.said[known, 0], truth[known]
+    return float(spearmanr(answers, numbers).statistic) if np.ptp(answers) > 0 and np.ptp(numbers) > 0 else 0.0
+
+
+def _embeddings(models: Sequence[Candidate], teacher: str, found: Mapping[str, Gathered], columns: Columns, seed: int) -> Judged:
+    """recall_at_1 is the headline where rows have labels, else cosine to the teacher's vectors if all are as wide, else neighbours.
+
+    recall_at_1: share of labelled rows whose nearest labelled other row has the same label. neighbours: share of rows whose nearest other
+    row is the one that is nearest for the teacher. probe_accuracy: see `neighbours.probe`.
+    """
+    compared = neighbours.chosen_rows(len(columns), seed)
+    vectors = {name: each.said[compared] for name, each in found.items() if each.said is not None}
+    truth = columns.whole("label")[compared] if "label" in columns.schema.names else np.full(len(compared), -1)
+    known = truth >= 0
+    near = {name: neighbours.nearest(each) for name, each in vectors.items()}
+    alike = {name: each == near[teacher] for name, each in near.items()}
+    wide = vectors[teacher].shape[1]
+    close = {name: neighbours.cosine(each, vectors[teacher]) for name, each in vectors.items() if each.shape[1] == wide}
+    if known.sum() > 1:
+        headline, hits = "recall_at_1", {name: neighbours.recall(each[known], truth[known]) for name, each in vectors.items()}
+    elif len(close) == len(vectors):
+        headline, hits = "cosine", close
+    else:
+        headline, hits = "neighbours", alike
+    sums = {name: np.stack([np.ones(len(each)), each], axis=1) for name, each in hits.items()}
+    judged = _compared(models, teacher, headline, "max", sums, lambda drawn: drawn[..., 1] / drawn[..., 0], seed)
+    for name, each in vectors.items():
+        if (accuracy := neighbours.probe(each, truth, seed)) is not None:
+            judged.quality[name]["probe_accuracy"] = accuracy
+        if name != teacher:
+            judged.against[name]["agreement"] = float(alike[name].mean())
+            if name in close:
+                judged.against[name]["cosine_to_teacher"] = float(close[name].mean())
+    return judged
+
+
+def _compared(
+    models: Sequence[Candidate], teacher: str, headline: str, better: Better, sums: Mapping[str, np.ndarray], score: Score, seed: int
+) -> Judged:
+    """The headline of every model with its interval, retention and gain. sums: of the rows that count, by model, [n, m]."""
+    value = {name: float(scored(score, each.sum(0))) for name, each in sums.items()}
+    if value[teacher] <= 0:
+        raise InputError(
+            "DST-3331", "teacher's score leaves nothing to keep", expected=f"{headline} above 0", found=f"{value[teacher]:.3g}",
+            do="Look at the teacher and at the labels",
+        )  # fmt: skip
+    samples = {name: scored(score, each) for name, each in redraw(sums, seed).items()}
+    beside = {name: compare(better, value, samples, name, teacher, baseline) for role, name, _, baseline in models if role != "teacher"}
+    return Judged(headline, better, {name: {headline: value[name], **bounds(headline, samples[name])} for name in sums}, beside)

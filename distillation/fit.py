@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from distillation import models, store
+from distillation.answers import make_teacher
+from distillation.batches import cut
 from distillation.checkpoints import Checkpoints
-from distillation.config import FitConfig, PatientKD, PretrainedStudent
-from distillation.errors import InputError
+from distillation.config import (
+    AttentionKL,
+    CausalLM,
+    Embedding,
+    FitConfig,
+    ImageClassification,
+    LayersStudent,
+    PretrainedStudent,
+    RelationKL,
+    TaskConfig,
+    needs_of,
+)
+from distillation.errors import ConfigError, InputError
 from distillation.loop import Fit, Session
-from distillation.losses import student_layers
+from distillation.losses import projected, student_layers
+from distillation.network import Network, observe, output_head
 from distillation.rows import Rows, open_rows
-from distillation.signals import output_head, rows_answered
+from distillation.signals import rows_answered
 from distillation.storage import Storage
 from distillation.students import Probe, build_student
-from distillation.tasks import build_task
+from distillation.tasks import Task, build_task
+from distillation.vocabulary import kept_ids, trim_tokenizer
 
 
 def train(config: FitConfig, session: Session, made_from: Mapping[str, Any]) -> dict[str, float]:
@@ -38,28 +56,78 @@ def train(config: FitConfig, session: Session, made_from: Mapping[str, Any]) -> 
     teacher = model_folder(storage, config.teacher) if config.teacher else None
     source = _own_folder(config) if isinstance(config.student, PretrainedStudent) else teacher
     assert source is not None
-    if teacher is not None and source != teacher:
+    if teacher is not None and source != teacher and not isinstance(config.task, ImageClassification):
         models.require_same_vocabulary(source, teacher)
-    task = build_task(config.task, pad_id(source))
-    rows = open_rows(storage, config.corpus, config.targets, "train", task)
-    validation = open_rows(storage, config.corpus, config.targets, "validation", task)
-    _require_signal(config, rows)
-    training = config.training
-    module = build_student(
-        config.student, teacher, config.labels, report_layers=student_layers(config.losses), dropout=training.dropout, seed=training.seed
-    )
+    task, training = reader(config.task, source, config.labels), config.training
+    start = model_folder(storage, config.start) if config.start is not None else None
+    kept = _kept(config, storage, teacher, start)
+    table = table_of(kept, source) if kept is not None else None
+    rows, validation = (open_rows(storage, config.corpus, config.targets, split, task, table) for split in ("train", "validation"))
+    _require_answers(config, rows)
+    plain = "eager" if any(isinstance(loss, AttentionKL) for loss in config.losses.values()) else None  # others keep no attention
+    again = models.load(start, config.task, dropout=training.dropout) if start is not None else None
+    model = again or _built(config, storage, teacher, kept, plain)
+    module = model if isinstance(model, Probe) else _network(model, config, teacher)
     module.train()
     checkpoints = Checkpoints(storage, _checkpoints(config.output), config.fingerprint)
-    result = Fit(module, rows, validation, config.losses, training, session, checkpoints, config.rungs, config.save_rungs).run()
+    result = Fit(
+        module, rows, validation, config.losses, training, session, checkpoints, config.rungs, config.save_rungs,
+        _live_teachers(config, storage, session), config.features_at, config.lead,
+    ).run()  # fmt: skip
     result["teacher_rows"] = rows_answered() - answered
     if not config.keep_model:
         return result
     if session.rank == 0 and store.find(storage, config.output) is None:
         # The tokenizer that cut the corpus goes with the student, also with a pretrained one.
-        _commit(storage, config, module, teacher or source, {"result": result, "history": checkpoints.history}, made_from)
+        told = {"result": result, "history": checkpoints.history}
+        _commit(storage, config, module, start or teacher or source, kept, table, told, made_from)
         discard_checkpoints(storage, config.output)
     session.all_reduce(torch.zeros(1, device=session.device))  # nobody leaves before the model is committed
     return result
+
+
+def _require_answers(config: FitConfig, rows: Rows) -> None:
+    """Raise InputError where a term of the loss asks for inner states that the store of its teacher lacks."""
+    for name, loss in config.losses.items():
+        named = next(iter([*config.targets, *config.live]), "") if loss.teacher is None else loss.teacher
+        for teacher in [named] if isinstance(named, str) else named:
+            if (targets := rows.targets.get(teacher)) is None:
+                continue
+            layers, features = getattr(loss, "layers", None), targets.config.features
+            wanted = sorted(set(layers.values())) if isinstance(layers, dict) and "hidden" in needs_of(loss) else []
+            there = {"pooled": features and features.pooled, "relations": features and features.relations is not None}
+            lacking = [need for need in sorted(needs_of(loss) & there.keys()) if not there[need]]
+            if lacking or not set(wanted) <= set(targets.layers):
+                raise InputError(
+                    "DST-3214", "target store lacks what a loss needs", where=f"{config.targets[teacher]}, losses.{name}",
+                    expected=", ".join(lacking) or str(wanted), found=str(list(targets.layers)),
+                    do="Add it to teacher.targets.features and run `distill teach` again",
+                )  # fmt: skip
+
+
+def untrained(config: FitConfig, storage: Storage) -> Any:
+    """The student of a run as it starts: a model, or a `Probe`."""
+    teacher = model_folder(storage, config.teacher) if config.teacher else None
+    return _built(config, storage, teacher, _kept(config, storage, teacher, None), None)
+
+
+def as_read(config: FitConfig, storage: Storage, folder: Path) -> Path:
+    """A folder that says how the student of a run reads rows, without its weights: the teacher's, or one with a trimmed vocabulary."""
+    assert config.teacher is not None
+    teacher = model_folder(storage, config.teacher)
+    if (kept := _kept(config, storage, teacher, None)) is None:
+        return teacher
+    copy_tokenizer(teacher, folder)
+    shutil.copyfile(teacher / "config.json", folder / "config.json")
+    (folder / models.VOCABULARY).write_text(json.dumps({"tokens": len(table_of(kept, teacher)), "kept": kept.tolist()}))
+    return folder
+
+
+def _built(config: FitConfig, storage: Storage, teacher: Path | None, kept: np.ndarray | None, attention: str | None) -> Any:
+    return build_student(
+        config.student, teacher, config.task, config.labels, dropout=config.training.dropout, seed=config.training.seed,
+        attention=attention, sample=functools.partial(_sample, storage, config, teacher), kept=kept,
+    )  # fmt: skip
 
 
 def discard_checkpoints(storage: Storage, output: str) -> None:
@@ -93,6 +161,7 @@ def _finished(storage: Storage, config: FitConfig, session: Session) -> dict[str
 def adopt(
     storage: Storage,
     folder: Path,
+    task: TaskConfig,
     labels: Sequence[str],
     stage: str,
     fingerprint: str,
@@ -106,15 +175,17 @@ def adopt(
     """
     if (done := store.find(storage, stage)) is not None and done.fingerprint == fingerprint:
         return
-    model = models.load_classifier(folder, pickled=pickled)
-    order = models.label_order(models.label_names(model.config.to_dict()), model.config.num_labels, tuple(labels), str(folder))
-    head = output_head(model)
-    with torch.no_grad():
-        head.weight.copy_(head.weight[order])
-        if head.bias is not None:
-            head.bias.copy_(head.bias[order])
+    model = models.load(folder, task, pickled=pickled)
+    order: list[int] = []
+    if labels and not isinstance(task, Embedding):
+        order = models.label_order(models.label_names(model.config.to_dict()), model.config.num_labels, tuple(labels), str(folder))
+        head = output_head(model)
+        with torch.no_grad():
+            head.weight.copy_(head.weight[order])
+            if head.bias is not None:
+                head.bias.copy_(head.bias[order])
     facts = {"result": {}, "history": [], "label_order": order}
-    commit_model(storage, stage, model, folder, labels, fingerprint, made_from, facts)
+    commit_model(storage, stage, model, folder, task, labels, fingerprint, made_from, facts)
 
 
 def model_folder(storage: Storage, folder: str) -> Path:
@@ -134,39 +205,116 @@ def _own_folder(config: FitConfig) -> Path:
     return models.locate(student.model, revision=student.revision, pickled_weights=student.pickled_weights)
 
 
-def _require_signal(config: FitConfig, rows: Rows) -> None:
-    """What the job file promised was checked when it was loaded; here the store itself must hold the layers asked for."""
-    wanted = {layer for loss in config.losses.values() if isinstance(loss, PatientKD) for layer in loss.layers.values()}
-    if missing := sorted(wanted - set(rows.layers)):
-        raise InputError(
-            "DST-3214", "target store lacks layers", where=config.targets or "", expected=str(sorted(wanted)), found=str(list(rows.layers)),
-            do=f"Add {missing} to teacher.targets.features.layers",
+def reader(task: TaskConfig, folder: Path, labels: Sequence[str]) -> Task:
+    """The task as the model in this folder reads rows: its padding, and the token its head looks at."""
+    if isinstance(task, ImageClassification):
+        return build_task(task, 0, labels)
+    last = models.reads_last(models.read_config(folder))
+    mask, unknown = (models.token_id(folder, name) for name in (("mask_token", "unk_token"), ("unk_token", "pad_token")))
+    return build_task(task, pad_id(folder), labels, last=last, mask=mask, unknown=unknown)
+
+
+def _kept(config: FitConfig, storage: Storage, teacher: Path | None, start: Path | None) -> np.ndarray | None:
+    """Tokens that the student has, of those of the corpus; None: all."""
+    if start is not None:
+        return models.kept_tokens(start)
+    if not (isinstance(config.student, LayersStudent) and config.student.trim_vocabulary):
+        return None
+    assert teacher is not None
+    return tokens_in_use(storage, config.corpus, config.task, teacher)
+
+
+def tokens_in_use(storage: Storage, corpus: str, task: TaskConfig, teacher: Path) -> np.ndarray:
+    """Ids, ascending, of the teacher's tokens that a trimmed vocabulary keeps. Raises InputError for a tokenizer that cannot be trimmed."""
+    size = int(models.read_config(teacher)["vocab_size"])
+    splits = [open_rows(storage, corpus, {}, split, reader(task, teacher, ())) for split in ("train", "validation")]
+    return kept_ids(sum((rows.used(size) for rows in splits), np.zeros(size, np.int64)), teacher)
+
+
+def table_of(kept: np.ndarray, folder: Path) -> np.ndarray:
+    """New id of every token of the model in `folder`, -1 for those that are not kept. [vocabulary]"""
+    table = np.full(int(models.read_config(folder)["vocab_size"]), -1, np.int64)
+    table[kept] = np.arange(len(kept))
+    return table
+
+
+def _sample(storage: Storage, config: FitConfig, folder: Path | None, count: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Inputs of some training rows, each row in a sequence of its own: the first by id, which is as good as at random."""
+    assert folder is not None, "what is cut is a teacher"
+    task = config.task.model_copy(update={"pack": False}) if isinstance(config.task, CausalLM) else config.task
+    rows = open_rows(storage, config.corpus, {}, "train", reader(task, folder, config.labels))
+    some = np.arange(min(count, len(rows)))
+    for piece in cut(some[np.argsort(rows.lengths[some], kind="stable")], np.sort(rows.lengths[some]), config.training.microbatch_tokens):
+        yield dict(rows.batch(piece).inputs)
+
+
+def _network(model: Any, config: FitConfig, teacher: Path | None) -> Network:
+    """The student with all that its losses look at. Raises ConfigError where layers or widths do not fit."""
+    losses, settings = config.losses, model.config.to_dict()
+    layers, depth, width = student_layers(losses), models.depth_of(settings) or 0, models.width_of(settings) or 0
+    if layers and layers[-1] >= depth:
+        raise ConfigError(
+            "DST-2012", "student has no such layer", where="losses", expected=f"layers 0 to {depth - 1}", found=str(layers[-1]),
+            do="Change the layer map of the loss",
         )  # fmt: skip
+    needs = frozenset().union(*(needs_of(loss) for loss in losses.values()))
+    relation = next((loss.layer for loss in losses.values() if isinstance(loss, RelationKL)), None)
+    wide = models.width_of(models.read_config(teacher)) or 0 if teacher is not None else 0
+    places = projected(losses)
+    into = {name: config.widths.get(str(losses[name].teacher or config.lead), wide) for name in places}
+    network = Network(
+        model, config.task, layers=layers, at=config.features_at, pooled="pooled" in needs,
+        relations=None if relation is None else relation % depth, attentions="attentions" in needs,
+        projections={name: (max(1, len(its)), width, into[name]) for name, its in places.items()},
+    )  # fmt: skip
+    network.picks = {name: [layers.index(layer) for layer in its] for name, its in places.items()}
+    return network
+
+
+def _live_teachers(config: FitConfig, storage: Storage, session: Session) -> dict[str, Any]:
+    """For each live teacher a function from a batch to what it says."""
+    found = {}
+    for name, its in config.live.items():
+        maps = [loss.layers for loss in config.losses.values() if isinstance(loss, AttentionKL) and loss.teacher in (None, name)]
+        layers = tuple(sorted({layer for one in maps if isinstance(one, dict) for layer in one.values()}))
+        model = models.load(model_folder(storage, its.folder), config.task, attention="eager" if layers else None)
+        teacher = make_teacher(model, config.task, its.targets, attention_layers=layers).to(session.device)
+        bf16 = models.use_bf16(its.precision, session.device)
+        found[name] = functools.partial(observe, teacher, bf16=bf16, logits=its.targets.logits, features=its.targets.features)
+    return found
 
 
 def _commit(
-    storage: Storage, config: FitConfig, module: nn.Module, source: Path, found: Mapping[str, Any], made_from: Mapping[str, Any]
-) -> None:
+    storage: Storage, config: FitConfig, module: nn.Module, source: Path, kept: np.ndarray | None,
+    table: np.ndarray | None, found: Mapping[str, Any], made_from: Mapping[str, Any],
+) -> None:  # fmt: skip
     model: Any = module.whole_model() if isinstance(module, Probe) else module.model
     facts = {**found, "trained_parameters": sum(p.numel() for p in module.parameters()), "name": config.name}
-    commit_model(storage, config.output, model, source, config.labels, config.fingerprint, made_from, facts)
+    commit_model(storage, config.output, model, source, config.task, config.labels, config.fingerprint, made_from, facts, kept, table)
 
 
 def commit_model(
-    storage: Storage, stage: str, model: Any, source: Path, labels: Sequence[str], fingerprint: str, made_from: Mapping[str, Any],
-    facts: Mapping[str, Any],
+    storage: Storage, stage: str, model: Any, source: Path, task: TaskConfig, labels: Sequence[str], fingerprint: str,
+    made_from: Mapping[str, Any], facts: Mapping[str, Any], kept: np.ndarray | None = None, table: np.ndarray | None = None,
 ) -> None:  # fmt: skip
-    """Write a model as save_pretrained does, with the tokenizer of the folder `source` beside it, as one artifact."""
-    model.config.id2label = dict(enumerate(labels))
-    model.config.label2id = {name: i for i, name in enumerate(labels)}
+    """Write a model as save_pretrained does, with the tokenizer of the folder `source` beside it, as one artifact.
+
+    kept: tokens of the corpus's tokenizer that the model has, table: its id of each of them; None: all, as they are.
+    """
+    models.set_labels(model.config, task, labels)
     with tempfile.TemporaryDirectory(prefix="distillery-") as name:
         model.save_pretrained(name)
-        copy_tokenizer(source, Path(name))
+        if kept is None or models.kept_tokens(source) is not None:  # as they are, or trimmed before
+            copy_tokenizer(source, Path(name))
+        else:
+            trim_tokenizer(source, kept, Path(name))
+        if kept is not None and table is not None:
+            (Path(name) / models.VOCABULARY).write_text(json.dumps({"tokens": len(table), "kept": kept.tolist()}))
         told = {**facts, "labels": list(labels), "parameters": sum(p.numel() for p in model.parameters())}
         store.commit_folder(storage, stage, Path(name), "model", fingerprint, made_from, told)
 
 
 def copy_tokenizer(source: Path, destination: Path) -> None:
-    for name in models.TOKENIZER_FILES:
+    for name in (*models.TOKENIZER_FILES, "preprocessor_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, destination / name)

@@ -10,24 +10,26 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from distillation.augment import augment
 from distillation.batches import EpochPlan, cut, plan_epoch, share, sorted_batches
 from distillation.checkpoints import Checkpoints, Position
-from distillation.config import LossConfig, TrainingConfig, only_labels
+from distillation.config import ONLY, LossConfig, Mixup, TrainingConfig, only_labels
 from distillation.curves import Curve
 from distillation.errors import DivergedError, InputError
-from distillation.losses import gradient_squares, scored, weigh
+from distillation.losses import at, gradient_squares, group_of, unit_of, weigh
 from distillation.models import use_bf16
 from distillation.rows import Rows
-from distillation.signals import UNLABELLED, Batch, Outputs
+from distillation.signals import Batch, Outputs, TeacherSignal
 
 
 class Session(Protocol):
@@ -163,6 +165,12 @@ class Fit:
     """Rows seen after which the validation split is scored, whatever training.evaluate_every says."""
     save_rungs: bool = False
     """Checkpoint at the rungs, too. A checkpoint is committed before the score at its step is reported."""
+    live: Mapping[str, Callable[[Batch], TeacherSignal]] = field(default_factory=dict)
+    """Teachers that are asked about every batch, besides those whose answers come with the rows."""
+    features_at: str = "scored"
+    """Where hidden states are compared."""
+    lead: str = ONLY
+    """Teacher that scores compare with."""
 
     def run(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one. Returns the last validation metrics and totals.
@@ -185,6 +193,7 @@ class Fit:
         if self.checkpoints is not None:
             position = self.checkpoints.restore(self.module, optimizer, session) or position
         self._wrapped = session.wrap(self.module)
+        self._norms = [module for module in self.module.modules() if isinstance(module, _BatchNorm)]
         self._bf16 = use_bf16(training.precision, session.device)
         curve = Curve(self.losses, session)
         self.history: list[tuple[int, dict[str, float]]] = self.checkpoints.history if self.checkpoints is not None else []
@@ -202,12 +211,13 @@ class Fit:
             saving = held or bool(every and step % every == 0 and not last)
             # A point at every checkpoint too: what is added up between two points is not part of one.
             reporting = step % training.log_every == 0 or last or saving or rung
-            sums, squares, counts, norm = self._step(optimizer, batch, position.step, rate, reporting)
+            now = at(self.losses, position.step / plan.total)
+            sums, squares, counts, norm = self._step(optimizer, batch, position.step, now, rate, reporting)
             position = Position(step, position.epoch, position.step_in_epoch + 1)
             curve.add(sums, counts, len(batch), int(self.rows.lengths[batch].sum()))
             points: list[dict[str, float]] = []
             if reporting:
-                point = curve.take(squares)
+                point = curve.take(squares, now)
                 points.append({**point, **plan.seen(step), "train/learning_rate": rate, "train/gradient_norm": norm})
             if self.validation is not None and (last or rung or (training.evaluate_every and step % training.evaluate_every == 0)):
                 paused = time.perf_counter()
@@ -227,17 +237,17 @@ class Fit:
         return {**latest, "steps": plan.total, "resumed_at": first, "seconds": time.perf_counter() - started}
 
     def _step(
-        self, optimizer: torch.optim.Optimizer, rows: np.ndarray, step: int, rate: float, reporting: bool
+        self, optimizer: torch.optim.Optimizer, rows: np.ndarray, step: int, losses: Mapping[str, Any], rate: float, reporting: bool
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int], float]:
         """One optimizer step on a global batch.
 
         Returns this rank's raw sums and, if it is reported, squared gradients of the terms; the step's counts, and the gradient norm.
         """
         training, session, lengths = self.training, self.session, self.rows.lengths
-        labels = np.where(self.rows.labels[rows] < 0, UNLABELLED, self.rows.labels[rows])
-        counts = {name: scored(loss, labels) for name, loss in self.losses.items()}
-        mine = share(rows, lengths[rows], session.rank, session.world_size)
-        pieces = cut(mine, lengths[mine], training.microbatch_tokens)
+        counts = {name: self.rows.count(rows, unit_of(loss, self.features_at)) for name, loss in losses.items()}
+        together = group_of(losses) * (2 if isinstance(training.augment, Mixup) and group_of(losses) % 2 else 1)
+        mine = share(rows, lengths[rows], session.rank, session.world_size, together)
+        pieces = cut(mine, lengths[mine], training.microbatch_tokens, together)
         torch.manual_seed(hash((training.seed, step, session.rank)) % 2**31)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -247,16 +257,21 @@ class Fit:
         # A rank without rows still takes part in the exchange of gradients: it computes one row that counts nothing.
         for number, piece in enumerate(pieces or [rows[:1]]):
             batch = self.rows.batch(piece).to(session.device)
+            if training.augment is not None:
+                batch = augment(batch, training.augment, self.rows.task.mask, training.seed, step)
+            batch = self._told(batch)
+            for each in self._norms:  # there is no mean and deviation of one
+                each.train(len(piece) > 1)
             with self._without_exchange(number < len(pieces) - 1):
                 with torch.autocast(session.device.type, torch.bfloat16, enabled=self._bf16):
                     outputs = self._forward(self._wrapped, batch)
-                loss, raw = weigh(self.losses, outputs, batch, counts)
+                loss, raw = weigh(losses, outputs, batch, counts)
                 # Gradients are averaged over ranks; the loss is a sum over them.
                 (loss * (session.world_size if pieces else 0)).backward()  # type: ignore[no-untyped-call]
             if pieces:
                 sums = {name: sums[name] + raw[name] for name in sums}
             if pieces and reporting:
-                squares = {name: squares[name] + value for name, value in gradient_squares(self.losses, outputs, batch, counts).items()}
+                squares = {name: squares[name] + value for name, value in gradient_squares(losses, outputs, batch, counts).items()}
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = float(total)
@@ -268,8 +283,15 @@ class Fit:
         return sums, squares, counts, norm
 
     def _forward(self, module: nn.Module, batch: Batch) -> Outputs:
-        outputs: Outputs = module(input_ids=batch.input_ids, attention_mask=batch.attention_mask, pooled=batch.signal.pooled)
+        outputs: Outputs = module(batch.inputs, batch.scored, batch.tokens, batch.lengths, batch.signal.pooled)
         return outputs
+
+    def _told(self, batch: Batch) -> Batch:
+        """The batch with what the live teachers say about it."""
+        if not self.live:
+            return batch
+        said = {**batch.signals, **{name: ask(batch) for name, ask in self.live.items()}}
+        return replace(batch, signals=dict(sorted(said.items(), key=lambda pair: pair[0] != self.lead)))
 
     def _without_exchange(self, on: bool) -> contextlib.AbstractContextManager[None]:
         return self._wrapped.no_sync() if on and isinstance(self._wrapped, DistributedDataParallel) else contextlib.nullcontext()
@@ -295,17 +317,15 @@ class Fit:
     def evaluate(self, rows: Rows) -> dict[str, float]:
         """Means over a split, `validation/NAME`, over all ranks."""
         self.module.eval()
-        totals: dict[str, Tensor] = {}
+        sums = torch.zeros(len(rows.task.names), dtype=torch.float64)
         batches = sorted_batches(rows.lengths, self.training.microbatch_tokens)
-        mine = batches[self.session.rank :: self.session.world_size]
-        # Every rank needs the same names to add up, so a rank without work scores one batch that counts nothing.
-        for number, piece in enumerate(mine or batches[:1]):
-            batch = rows.batch(piece).to(self.session.device)
+        for piece in batches[self.session.rank :: self.session.world_size]:
+            batch = self._told(rows.batch(piece).to(self.session.device))
             with torch.autocast(self.session.device.type, torch.bfloat16, enabled=self._bf16):
                 outputs = self._forward(self.module, batch)
-            for name, (value, count) in rows.task.score(outputs, batch).items():
-                pair = torch.tensor([float(value), float(count)], dtype=torch.float64) * (number < len(mine))
-                totals[name] = totals.get(name, torch.zeros(2, dtype=torch.float64)) + pair
+            if self.lead not in batch.signals:  # another teacher's answers say nothing about it
+                batch = replace(batch, signals={})
+            sums += rows.task.statistics(outputs, batch).sum(0)
         self.module.train()
-        stacked = self.session.all_reduce(torch.stack([totals[name] for name in sorted(totals)]).to(self.session.device))
-        return {f"validation/{name}": float(total / count) for name, (total, count) in zip(sorted(totals), stacked, strict=True) if count}
+        found = self.session.all_reduce(sums.to(self.session.device)).cpu().numpy()
+        return {f"validation/{name}": value for name, value in rows.task.scores(found).items()}

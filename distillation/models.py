@@ -9,14 +9,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
 import xxhash
 
+from distillation.config import Embedding, MultiLabel, Regression, TaskConfig
 from distillation.errors import InputError, SecurityError
 from distillation.storage import fetch_tree
 
 VOCABULARY_FILES = (
     "tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "spiece.model", "spm.model", "sentencepiece.bpe.model", "tokenizer.model"
 )  # fmt: skip
+VOCABULARY = "vocabulary.json"
+"""Beside a model whose vocabulary was trimmed: how many tokens its corpus is written in, and which of them it has."""
 TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -105,6 +110,34 @@ def tokenizer_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def token_id(folder: Path, kinds: Iterable[str]) -> int:
+    """Id of the first of these special tokens, such as mask_token, that the tokenizer of a folder has; -1 where it has none."""
+    try:
+        names = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return -1
+    ids = {token["content"]: int(token["id"]) for token in content.get("added_tokens", ())}
+    found = [names.get(kind) for kind in kinds]
+    texts = [token["content"] if isinstance(token, dict) else token for token in found if token]
+    return next((ids[text] for text in texts if text in ids), -1)
+
+
+def kept_tokens(folder: Path) -> np.ndarray | None:
+    """Ids in a corpus of the tokens that the model in this folder has, ascending; None: all."""
+    path = folder / VOCABULARY
+    return np.array(json.loads(path.read_text())["kept"], np.int64) if path.is_file() else None
+
+
+def kept_table(folder: Path) -> np.ndarray | None:
+    """For every token of a corpus its id in the model in this folder, -1 where it has none; None: all ids are as they are."""
+    if (kept := kept_tokens(folder)) is None:
+        return None
+    table = np.full(json.loads((folder / VOCABULARY).read_text())["tokens"], -1, np.int64)
+    table[kept] = np.arange(len(kept))
+    return table
+
+
 def require_same_vocabulary(one: Path, other: Path) -> None:
     """Raise InputError unless both tokenizers give every token the same id: stored ids mean the same to both models."""
     from transformers import AutoTokenizer
@@ -147,20 +180,23 @@ def weights_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def load_classifier(
+def load(
     folder: Path,
+    task: TaskConfig,
     labels: Iterable[str] | None = None,
     *,
     dropout: float | None = None,
     pickled: bool = False,
+    attention: str | None = None,
 ) -> Any:
-    """A sequence classifier from a folder, fp32.
+    """A model for a task from a folder, fp32.
 
     With `labels`, a head of that size is made where the folder has none or one of another size; without, every tensor must be there.
-    Raises InputError listing the tensors that are missing or have another shape (transformers would silently draw them at random).
+    attention: implementation, as transformers names it. Raises InputError listing the tensors that are missing or have another shape
+    (transformers would silently draw them at random).
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoConfig
 
     quiet()
     try:
@@ -168,26 +204,89 @@ def load_classifier(
     except (OSError, ValueError) as error:
         raise InputError("DST-3206", "model cannot be loaded", where=str(folder), found=" ".join(str(error).split())[:300]) from error
     if labels is not None:
-        names = list(labels)
-        config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+        set_labels(config, task, labels)
     if dropout is not None:
         set_dropout(config, dropout)
     try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        model, info = auto_class(task).from_pretrained(
             folder, config=config, trust_remote_code=False, use_safetensors=None if pickled else True, local_files_only=True,
             output_loading_info=True, ignore_mismatched_sizes=labels is not None, dtype="float32",
+            **({"attn_implementation": attention} if attention else {}),
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError("DST-3206", "model cannot be loaded", where=str(folder), found=str(error).splitlines()[0]) from error
     lost = sorted([*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])])
     head = {f"{name}.{leaf}" for name in head_names(model) for leaf in ("weight", "bias")}
-    lost = [key for key in lost if labels is None or key not in head]
+    lost = [key for key in lost if (labels is None and not isinstance(task, Embedding)) or key not in head]
     if lost:
         raise InputError(
             "DST-3207", "model lacks tensors", where=str(folder), expected="every tensor of the architecture",
             found=f"{len(lost)} missing or of another shape: {', '.join(lost[:4])}", do="Save the model again with save_pretrained",
         )  # fmt: skip
     return model
+
+
+def auto_class(task: TaskConfig) -> Any:
+    """The class of transformers that makes models for a task."""
+    import transformers
+
+    from distillation.tasks import TASKS
+
+    return getattr(transformers, TASKS[task.type].auto)
+
+
+def new(settings: Any, task: TaskConfig) -> Any:
+    """A model with these settings, its weights drawn at random, fp32."""
+    return auto_class(task).from_config(settings, trust_remote_code=False, dtype=torch.float32)
+
+
+def set_labels(config: Any, task: TaskConfig, labels: Iterable[str]) -> None:
+    """Write the names of the outputs into a transformers configuration, and what kind they are. Language models and embeddings have none."""
+    names = list(labels)
+    if isinstance(task, Regression):
+        config.num_labels, config.problem_type = 1, "regression"
+    elif names and not isinstance(task, Embedding):
+        config.id2label, config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+        if isinstance(task, MultiLabel):
+            config.problem_type = "multi_label_classification"
+
+
+def layers_of(model: Any) -> tuple[str, Any]:
+    """Name and modules of the list that holds a model's layers (of a ResNet: its stages). Raises InputError if there is no such list."""
+    depth = depth_of(model.config.to_dict())
+    lists = [(name, module) for name, module in model.named_modules() if type(module).__name__ == "ModuleList" and len(module) == depth]
+    # Of lists inside lists the outermost: a ResNet's stages have lists of their own.
+    lists = [(name, module) for name, module in lists if not any(name.startswith(f"{other}.") for other, _ in lists)]
+    if len(lists) != 1:
+        raise InputError(
+            "DST-3211", "architecture cannot be cut into layers", where=type(model).__name__, expected="one list of layers",
+            found=", ".join(name for name, _ in lists) or "none", do="Use a scratch or pretrained student",
+        )  # fmt: skip
+    return lists[0]
+
+
+def depth_of(config: Mapping[str, Any]) -> int | None:
+    """Layers of a model by its config.json, of a ResNet its stages; None where it does not say."""
+    found = next((config[key] for key in ("num_hidden_layers", "n_layers", "n_layer") if key in config), None)
+    if found is None and isinstance(config.get("depths"), list):
+        return len(config["depths"])
+    return found if isinstance(found, int) else None
+
+
+def width_of(config: Mapping[str, Any]) -> int | None:
+    """Width of the hidden states by config.json; of a ResNet that of the last stage."""
+    if isinstance(config.get("hidden_sizes"), list):
+        return int(config["hidden_sizes"][-1])
+    found = next((config[key] for key in ("hidden_size", "dim", "n_embd") if key in config), None)
+    return found if isinstance(found, int) else None
+
+
+def reads_last(config: Mapping[str, Any]) -> bool:
+    """Whether a classifier of this architecture answers at a text's last token, as decoders do, and not at the first."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    kind = config.get("model_type")
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 
 def quiet() -> None:
@@ -201,6 +300,8 @@ def quiet() -> None:
 def head_names(model: Any) -> set[str]:
     """Modules of a sequence classifier that lie outside its body: a pretrained body may come without them."""
     body = model.base_model_prefix
+    if not hasattr(model, body):  # the body itself
+        return {name for name, _ in model.named_modules() if name.startswith("pooler")}
     names = {name for name, _ in model.named_modules() if name and not name.startswith(body) and name != body}
     # A pooler belongs to the body but is only trained together with a head: bodies of masked language models lack it.
     return names | {name for name, _ in model.named_modules() if name.startswith(f"{body}.pooler")}
@@ -215,8 +316,6 @@ def set_dropout(config: Any, value: float) -> None:
 
 def use_bf16(precision: Literal["auto", "bf16", "fp32"], device: Any) -> bool:
     """Whether matrix products run in bf16: as asked, or with auto where the hardware has matrix units for it."""
-    import torch
-
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":

@@ -1,25 +1,70 @@
-"""Rows of one split with what the teacher said about them, memory-mapped, and batches of them."""
+"""Rows of one split with what teachers said about them, memory-mapped, and batches of them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
+import pyarrow as pa
 import torch
 
 from distillation import store
+from distillation.config import SampledLogits, TargetsConfig, TopKLogits, Unit
 from distillation.errors import InputError
 from distillation.signals import Batch, TeacherSignal
 from distillation.storage import Storage
 from distillation.store import Columns, Manifest
-from distillation.tasks import TextClassificationTask
+from distillation.tasks import Task
+
+QUANTUM = 8.0
+"""Steps of a nat in which log-probabilities are kept as uint8."""
+
+
+class Targets:
+    """What one teacher said about the rows of a split, out of its store."""
+
+    def __init__(self, columns: Columns, config: TargetsConfig) -> None:
+        self._columns, self.config = columns, config
+        self.layers = config.features.layers if config.features else ()
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    def signal(self, rows: np.ndarray) -> TeacherSignal:
+        logits, features, there = self.config.logits, self.config.features, set(self._columns.schema.names)
+        found: dict[str, Any] = {name: self._read(name, rows) for name in ("logits", "ids", "log_p", "weights", "pooled") if name in there}
+        if isinstance(logits, TopKLogits):
+            found |= {"ids": found["ids"].long(), "temperatures": logits.stored_temperatures}
+            found["log_p"] = found["log_p"] / -QUANTUM if logits.dtype == "uint8" else found["log_p"].float()
+            if logits.stored_temperatures:
+                found["normalisers"] = self._read("normalisers", rows)
+        if isinstance(logits, SampledLogits):
+            found |= {"ids": found["ids"].long(), "temperatures": (logits.temperature,), "weights": found["weights"] / logits.draws}
+        if "label_log_p" in there:
+            found["label_log_p"] = self._read("label_log_p", rows)[:, 0].float()
+        if features and features.layers:
+            found["hidden"] = torch.stack([self._read(f"hidden_{layer}", rows) for layer in features.layers], dim=1)
+        if features and features.relations is not None:
+            found["relations"] = tuple(self._read(f"relation_{name}", rows).float() for name in ("query", "key", "value"))
+        return TeacherSignal(**found, layers=self.layers)
+
+    def _read(self, name: str, rows: np.ndarray) -> torch.Tensor:
+        values = self._columns.positions(name, rows)
+        return torch.from_numpy(values.astype(np.int32) if values.dtype == np.uint16 else values)
 
 
 class Rows:
-    """A split of a corpus, row-aligned with a target store. Reads are views on the files: every process of a node shares the pages."""
+    """A split of a corpus, row-aligned with target stores. Reads are views on the files: every process of a node shares the pages."""
 
-    def __init__(self, corpus: Columns, targets: Columns | None, task: TextClassificationTask, layers: tuple[int, ...] = ()) -> None:
-        self._corpus, self._targets, self.task, self.layers = corpus, targets, task, layers
+    def __init__(self, corpus: Columns, targets: Mapping[str, Targets], task: Task, table: np.ndarray | None = None) -> None:
+        """table: new id of every token for a model with a trimmed vocabulary, -1 for those it has not; None: ids as they are."""
+        self._corpus, self.targets, self.task, self._table = corpus, dict(targets), task, table
         self.lengths = corpus.whole("length")
-        self.labels = corpus.whole("label")
+        self.scored, self._labelled = corpus.whole("scored"), corpus.whole("labelled")
+        lists = {field.name: pa.types.is_list(field.type) for field in corpus.schema if field.name not in ("id", "text", "length")}
+        self._ragged = [name for name, ragged in lists.items() if ragged]
+        self._plain = {name: corpus.whole(name) for name, ragged in lists.items() if not ragged} | {"length": self.lengths}
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -27,39 +72,55 @@ class Rows:
     @property
     def labelled(self) -> np.ndarray:
         """Numbers of the rows that have a label."""
-        return np.flatnonzero(self.labels >= 0)
+        return np.flatnonzero(self._labelled > 0)
+
+    def count(self, rows: np.ndarray, unit: Unit) -> int:
+        """How much of a unit there is in these rows."""
+        each = {"labels": self._labelled, "positions": self.scored, "tokens": self.lengths}
+        return len(rows) if unit == "rows" else int(each[unit][rows].sum())
+
+    def known(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of logits over the vocabulary of the corpus those that the model of these rows has. [N, C]"""
+        if self._table is None or not self.task.speaks:
+            return logits
+        return logits[:, torch.from_numpy(np.flatnonzero(self._table >= 0)).to(logits.device)]
 
     def ids(self, rows: np.ndarray) -> list[str]:
         return self._corpus.strings("id", rows)
 
+    def texts(self, rows: np.ndarray) -> list[str]:
+        return self._corpus.strings("text", rows)
+
     def batch(self, rows: np.ndarray) -> Batch:
-        return self.task.collate(self.ids(rows), self._corpus.ragged("input_ids", rows), self.labels[rows], self._signal(rows))
+        columns = {name: self._corpus.ragged(name, rows) for name in self._ragged} | {n: v[rows] for n, v in self._plain.items()}
+        batch = self.task.collate(self.ids(rows), columns, {name: targets.signal(rows) for name, targets in self.targets.items()})
+        return batch if self._table is None else self.task.translate(batch, self._table)
 
-    def _signal(self, rows: np.ndarray) -> TeacherSignal:
-        if self._targets is None:
-            return TeacherSignal()
-        there = set(self._targets.schema.names)
-
-        def read(name: str) -> torch.Tensor:
-            assert self._targets is not None
-            return torch.from_numpy(np.ascontiguousarray(self._targets.fixed(name, rows)))
-
-        hidden = torch.stack([read(f"hidden_{layer}") for layer in self.layers], dim=1) if self.layers else None
-        return TeacherSignal(read("logits"), hidden, self.layers, read("pooled") if "pooled" in there else None)
+    def used(self, size: int) -> np.ndarray:
+        """How often each token occurs, also as the label of a hidden one. [size]"""
+        counts = np.zeros(size, np.int64)
+        for name in ("input_ids", "labels") if self.task.config.type == "masked_lm" else ("input_ids",):
+            for values in self._corpus.values(name):
+                counts += np.bincount(values[values >= 0], minlength=size)
+        return counts
 
 
-def open_rows(storage: Storage, corpus: str, targets: str | None, split: str, task: TextClassificationTask) -> Rows:
-    """Open a split, every file checked. Raises InputError where parts are missing, altered or do not belong together."""
+def open_rows(storage: Storage, corpus: str, targets: Mapping[str, str], split: str, task: Task, table: np.ndarray | None = None) -> Rows:
+    """Open a split, every file checked. targets: folder of the store of each teacher. table: as of `Rows`.
+
+    Raises InputError where parts are missing, altered or do not belong together.
+    """
     manifest, columns = open_columns(storage, corpus, "corpus", split)
-    if targets is None:
-        return Rows(columns, None, task)
-    target_manifest, target_columns = open_columns(storage, targets, "targets", split)
-    if target_manifest.facts["corpus"] != manifest.fingerprint or len(target_columns) != len(columns):
-        raise InputError(
-            "DST-3110", "targets belong to another corpus", where=storage.path(targets), expected=manifest.fingerprint,
-            found=str(target_manifest.facts["corpus"]), do="Run `distill teach` again",
-        )  # fmt: skip
-    return Rows(columns, target_columns, task, tuple(target_manifest.facts["layers"]))
+    opened = {}
+    for name, folder in targets.items():
+        its, target_columns = open_columns(storage, folder, "targets", split)
+        if its.facts["corpus"] != manifest.fingerprint or len(target_columns) != len(columns):
+            raise InputError(
+                "DST-3110", "targets belong to another corpus", where=storage.path(folder), expected=manifest.fingerprint,
+                found=str(its.facts["corpus"]), do="Run `distill teach` again",
+            )  # fmt: skip
+        opened[name] = Targets(target_columns, TargetsConfig.model_validate(its.facts["targets"]))
+    return Rows(columns, opened, task, table)
 
 
 def open_columns(storage: Storage, folder: str, kind: store.Kind, split: str) -> tuple[Manifest, Columns]:

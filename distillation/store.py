@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -245,10 +245,21 @@ class Columns:
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
-        self._batches = []
+        batches = []
         for path in paths:
             with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
-                self._batches.append(reader.read_next_batch())
+                batches.append(reader.read_next_batch())
+        self._open(batches)
+
+    @classmethod
+    def of(cls, table: pa.Table) -> Columns:
+        """Rows that are in memory."""
+        columns = cls([])
+        columns._open(table.combine_chunks().to_batches())
+        return columns
+
+    def _open(self, batches: Sequence[pa.RecordBatch]) -> None:
+        self._batches = list(batches)
         self.offsets = np.cumsum([0] + [batch.num_rows for batch in self._batches])
         self._lists: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
         self._tables: dict[tuple[int, str], np.ndarray] = {}
@@ -265,6 +276,11 @@ class Columns:
         if not self._batches:
             return np.zeros(0, dtype=np.int32)
         return np.concatenate([_flat(batch.column(name)) for batch in self._batches])
+
+    def values(self, name: str) -> Iterator[np.ndarray]:
+        """All values of a list column, part by part, as views on the mapped file."""
+        for batch in self._batches:
+            yield _flat(batch.column(name).flatten())
 
     def locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Part and place inside it of each row."""
@@ -293,11 +309,23 @@ class Columns:
             out[here] = self._table_view(part, name)[places[here]]
         return out
 
+    def positions(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """A column of fixed-size lists, or of lists of them, one for each position of these rows, copied. [positions, width]"""
+        if pa.types.is_fixed_size_list(self.schema.field(name).type):
+            return self.fixed(name, rows)
+        width = self.schema.field(name).type.value_type.list_size
+        found = [values.reshape(-1) for values in self.ragged(name, rows)]
+        return np.concatenate(found).reshape(-1, width)
+
     def _list_view(self, part: int, name: str) -> tuple[np.ndarray, np.ndarray]:
         key = (int(part), name)
         if key not in self._lists:
             column = self._batches[part].column(name)
-            self._lists[key] = _flat(column.offsets), _flat(column.values)
+            values = column.values
+            if pa.types.is_fixed_size_list(values.type):
+                self._lists[key] = _flat(column.offsets), _flat(values.flatten()).reshape(len(values), values.type.list_size)
+            else:
+                self._lists[key] = _flat(column.offsets), _flat(values)
         return self._lists[key]
 
     def _table_view(self, part: int, name: str) -> np.ndarray:

@@ -94,9 +94,49 @@ def export(
         from jobs.plan import make_plan
 
         done = make_plan(load(job, overrides or []))
-        for name in done.job.all_students:
+        for name in [run.name for run in done.runs if run.role == "student"]:
             shutil.copytree(done.results / "students" / name, to / name, dirs_exist_ok=True)
             typer.echo(str(to / name))
+
+
+@app.command()
+def ladder(
+    jobs: Annotated[
+        list[str], typer.Argument(help="Job files or recipes in the order of the ladder; settings such as a.b=c hold for all.")
+    ],
+) -> None:
+    """Several jobs, one after the other: a later one may have a student of an earlier one as its teacher, student:JOB/STUDENT."""
+    from jobs.config import load
+
+    files, overrides = [one for one in jobs if "=" not in one], [one for one in jobs if "=" in one]
+    if not files:
+        raise ConfigError("DST-2001", "no such job", where="ladder", expected="job files or recipes", found="none")
+    loaded = [load(file, overrides) for file in files]
+    from jobs.checks import require_rungs
+
+    require_rungs(loaded)
+    from jobs.pipeline import run as run_job
+    from jobs.terminal import console
+
+    for config in loaded:
+        run_job(config, console())
+
+
+@app.command()
+def verify(
+    job: Job,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of each split that the teacher answers again.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, help="Which rows.")] = 0,
+) -> None:
+    """Check the target stores of a job: every file against its checksum, a sample of rows against the teacher."""
+    from jobs.config import load
+
+    config = load(job, overrides or [])
+    from jobs.terminal import console
+    from jobs.verify import verify as check
+
+    check(config, rows, seed, console())
 
 
 @app.command()
@@ -189,14 +229,17 @@ def plan(job: Job, overrides: Overrides = None, as_json: Json = False) -> None:
 
     config = load(job, overrides or [])
     from jobs import estimate
-    from jobs.plan import make_plan
+    from jobs.plan import make_plan, require_possible
     from jobs.terminal import console
 
-    lines = estimate.lines(make_plan(config))
+    made = make_plan(config)
+    require_possible(made)
+    lines = estimate.lines(made)
     if as_json:
         typer.echo(json.dumps([line._asdict() for line in lines], indent=1))
     else:
         console().print(estimate.table(config.name, lines))
+    estimate.require_budget(made, lines)
 
 
 @app.command()

@@ -22,8 +22,10 @@ def rows_by_split(units: Sequence[Unit]) -> dict[str, float]:
     found: dict[str, float] = {"train": 0.0, "validation": 0.0, "test": 0.0}
     seen: set[str] = set()
     for unit in units:
-        if unit.kind in ("hub", "docstrings"):
-            rows: float = unit.stop - unit.start
+        if unit.rows:
+            rows: float = unit.rows
+        elif unit.kind in ("hub", "docstrings"):
+            rows = unit.stop - unit.start
         elif unit.path in seen:  # another row group of a Parquet file that was counted whole
             continue
         else:

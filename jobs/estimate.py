@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from rich.table import Table
 
 from cluster import sources
-from distillation import models
-from distillation.config import LayersStudent, PretrainedStudent, ProbeStudent, ScratchStudent, TrainingConfig, only_labels
-from distillation.models import read_config
+from distillation import encoding, models
+from distillation.answers import bytes_per_position
+from distillation.config import (
+    ONLY,
+    CausalLM,
+    ConvolutionalStudent,
+    ImageClassification,
+    LayersStudent,
+    MaskedLM,
+    PretrainedStudent,
+    ProbeStudent,
+    ScratchStudent,
+    TrainingConfig,
+    only_labels,
+)
+from distillation.errors import ConfigError
+from distillation.models import depth_of, read_config, width_of
 from distillation.students import chosen_layers
-from jobs.config import JobConfig
 from jobs.counting import rows_by_split
-from jobs.plan import Plan, depth_of, width_of
+from jobs.plan import Plan
 
 SAMPLE_ROWS = 512
 SPLITS = ("train", "validation", "test")
@@ -45,6 +58,8 @@ class Size:
     bytes_per_row: float
     labels: int
     exact: bool
+    scored: float
+    """Scored positions of a row."""
 
     @property
     def per_row(self) -> float:
@@ -60,18 +75,37 @@ def lines(plan: Plan) -> list[Line]:
     rows, tokens = sum(size.rows.values()), sum(size.tokens.values())
     note = "" if size.exact else "estimated from a sample"
     found = [Line("corpus", _state(plan, plan.corpus), rows, tokens, size.bytes_per_row, int(rows * size.bytes_per_row), 0.0, note)]
-    if job.teacher.training:
-        found.append(_training_line("teacher", _state(plan, plan.teacher), job.teacher.training, size.labelled, size, body, "fine-tuning"))
-    if plan.targets:
+    for name, teacher in job.all_teachers.items():
+        if teacher.training:
+            own = _body_parameters(read_config(plan.models[name]))
+            found.append(_training_line(name, _state(plan, plan.teachers[name]), teacher.training, size.labelled, size, own, "fine-tuning"))
+    for name, stage in plan.targets.items():
         asked, answered = (count["train"] + count["validation"] for count in (size.rows, size.tokens))
-        each = _target_bytes(job, plan, width_of(config) or 0, size.labels)
-        state = _state(plan, plan.targets)
-        found.append(Line("targets", state, asked, answered, each, int(asked * each), 2.0 * body * answered, "once for all students"))
+        each, told = _target_bytes(plan, name, size)
+        title = "targets" if name == ONLY else f"targets of {name}"
+        own = _body_parameters(read_config(plan.models[name]))
+        found.append(Line(title, _state(plan, stage), asked, answered, each, int(asked * each), 2.0 * own * answered, told))
     scored = size.labelled if only_labels(job.active_losses) else size.rows["train"]
     for run in plan.runs:
         parameters = body * _student_share(run.student, depth, body)
-        found.append(_training_line(run.name, _state(plan, run.stage), job.training, scored, size, parameters, run.role))
+        found.append(_training_line(run.name, _state(plan, run.stage), run.training, scored, size, parameters, run.role))
     return found
+
+
+def require_budget(plan: Plan, found: Sequence[Line] | None = None) -> None:
+    """Raise ConfigError if the answers of the teachers take more than store.budget: of the corpus as it is, or as a sample of its sources says.
+
+    found: the lines of this plan, if they are known.
+    """
+    budget = plan.job.store.budget
+    if budget is None:
+        return
+    needed = sum(line.bytes for line in (found or lines(plan)) if line.stage.startswith("targets"))
+    if needed > budget:
+        raise ConfigError(
+            "DST-2034", "target store would be larger than its budget", where="store.budget", expected=f"at most {budget:,.0f} bytes",
+            found=f"{needed:,} bytes", do="Raise it, or keep less: top-k logits with a smaller k, fewer layers",
+        )  # fmt: skip
 
 
 def _training_line(name: str, state: str, training: TrainingConfig, rows: int, size: Size, parameters: float, note: str) -> Line:
@@ -121,47 +155,59 @@ def corpus_size(plan: Plan) -> Size:
             manifest.total_bytes() / max(1, sum(rows.values())),
             len(manifest.facts["labels"]),
             True,
+            manifest.facts["scored"]["train"] / max(1, rows["train"]),
         )
-    from transformers import AutoTokenizer
-
-    job, texts, labels = plan.job, [], set(getattr(plan.job.corpus, "packages", ()))
+    job, contents, labels = plan.job, [], set(getattr(plan.job.corpus, "packages", ()))
     units = sources.units(job.corpus, job.task)
     counted = rows_by_split(units)
     shares = {name: share for name in ("validation", "test") if isinstance(share := getattr(job.corpus, name), float)}
     set_aside = {name: share * counted["train"] for name, share in shares.items()}
-    rows = {split: int(counted[split] + set_aside.get(split, 0) - (sum(set_aside.values()) if split == "train" else 0)) for split in SPLITS}
+    texts = {split: counted[split] + set_aside.get(split, 0) - (sum(set_aside.values()) if split == "train" else 0) for split in SPLITS}
     for unit in units[:: max(1, len(units) // 4)][:4]:
         few = replace(unit, stop=min(unit.stop, unit.start + SAMPLE_ROWS // 4))  # a table of a whole library takes seconds
         for found in sources.read(few, job.task):
-            texts += found.column("text").to_pylist()[: SAMPLE_ROWS // 4]
-            labels |= set(found.column("label").to_pylist()) - {None}
+            contents += [content for content in found.column("text").to_pylist() if content][: SAMPLE_ROWS // 4]
+            labels |= {name for label in found.column("label").to_pylist() for name in encoding.classes(job.task, label)}
             break
-    tokenizer = AutoTokenizer.from_pretrained(plan.model, trust_remote_code=False, local_files_only=True)
-    lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=job.task.max_length)["input_ids"]] if texts else []
-    mean_tokens, mean_bytes = sum(lengths) / max(1, len(lengths)), sum(len(text.encode()) for text in texts) / max(1, len(texts))
-    tokens = {split: int(rows[split] * mean_tokens) for split in SPLITS}
+    made = encoding.encode(job.task, _tokenizer(plan), [f"{i:032x}" for i in range(len(contents))], contents)
+    # Long texts of language models are several rows each.
+    cut, count = len(made.source) / max(1, len(contents)), max(1, len(made.source))
+    rows = {split: int(texts[split] * cut) for split in SPLITS}
+    mean_tokens, mean_scored = (sum(made.columns[name]) / count for name in ("length", "scored"))
+    mean_bytes = sum(len(content if isinstance(content, bytes) else content.encode()) for content in contents) / count
     return Size(
         rows,
-        tokens,
+        {split: int(rows[split] * mean_tokens) for split in SPLITS},
         int(rows["train"] * job.corpus.labelled),
         mean_bytes + 4 * mean_tokens + ROW_BYTES,
-        len(job.task.labels or labels),
+        len(getattr(job.task, "labels", None) or labels),
         False,
+        mean_scored,
     )
 
 
-def _target_bytes(job: JobConfig, plan: Plan, width: int, labels: int) -> float:
-    """Of one row: id, logits, and what was asked of the features."""
-    if plan.targets and (manifest := plan.found(plan.targets)) is not None:
-        return manifest.total_bytes() / max(1, manifest.rows("train") + manifest.rows("validation"))
-    targets, item = job.teacher.targets, {"float16": 2, "float32": 4}
-    features = targets.features
-    inner = (len(features.layers) + features.pooled) * width * item[features.dtype] if features else 0
-    return 36 + labels * item[targets.logits.dtype] + inner
+def _tokenizer(plan: Plan) -> Any:
+    from transformers import AutoTokenizer
+
+    if isinstance(plan.job.task, ImageClassification):
+        return None
+    return AutoTokenizer.from_pretrained(plan.model, trust_remote_code=False, local_files_only=True)
+
+
+def _target_bytes(plan: Plan, name: str, size: Size) -> tuple[float, str]:
+    """Of one row of a teacher's answers, and how much that is for a position."""
+    targets, task, stage = plan.job.targets(name), plan.job.task, plan.targets[name]
+    config = read_config(plan.models[name])
+    words = isinstance(task, CausalLM | MaskedLM)
+    position, token = bytes_per_position(targets, int(config.get("vocab_size", 0)) if words else max(1, size.labels), width_of(config) or 0)
+    told = f"once for all students; {position:.0f} bytes a position" + (f", {token:.0f} a token" if token else "")
+    if (manifest := plan.found(stage)) is not None:
+        return manifest.total_bytes() / max(1, manifest.rows("train") + manifest.rows("validation")), told
+    return 36 + size.scored * position + size.per_row * token, told
 
 
 def _body_parameters(config: dict[str, Any]) -> int:
-    """Parameters outside the embeddings, from the sizes of a transformer: 4 h^2 attention and 2 h i feed forward a layer."""
+    """Parameters outside the embeddings, from the sizes of a transformer: 4 h^2 attention and 2 h i feed forward a layer; of a ResNet 0."""
     width = width_of(config) or 0
     inner = int(config.get("intermediate_size", config.get("hidden_dim", 4 * width)))
     return max(1, (depth_of(config) or 0) * (4 * width * width + 2 * width * inner))
@@ -173,7 +219,7 @@ def _student_share(student: Any, depth: int, body: int) -> float:
         return len(chosen_layers(student, depth)) / depth
     if isinstance(student, ScratchStudent):
         return student.layers * (4 * student.hidden_size**2 + 2 * student.hidden_size * student.intermediate_size) / body
-    if isinstance(student, ProbeStudent):
+    if isinstance(student, ProbeStudent | ConvolutionalStudent):
         return 0.0
     assert isinstance(student, PretrainedStudent)
     return (

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 
+from distillation.cards import METRICS
 from distillation.evaluate import Evaluation
 from tuning.ledger import Search, Trial
 from tuning.pareto import Decision
@@ -36,8 +37,8 @@ def figures(evaluations: Sequence[Evaluation], curves: Curves, folder: Path) -> 
     drawn = {
         "learning_curves": _learning_curves(curves, colours),
         "size_quality": _size_quality(evaluations, colours),
-        "reliability": _reliability(evaluations, colours),
-        "confusion": _confusion([e for e in evaluations if e.role != "baseline"]),
+        "reliability": _reliability([e for e in evaluations if e.reliability], colours),
+        "confusion": _confusion([e for e in evaluations if e.role != "baseline" and e.confusion]),
     }
     paths = []
     for name, figure in drawn.items():
@@ -105,14 +106,17 @@ def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
 
 
 def _size_quality(evaluations: Sequence[Evaluation], styles: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Accuracy with its interval over parameters; an arrow from each baseline to its student is what distillation brought."""
+    """The headline with its interval over parameters; an arrow from each baseline to its student is what distillation brought."""
+    headline, lower = METRICS[evaluations[0].headline], evaluations[0].better == "min"
+    unit = 100 if headline.share else 1
     figure, (axis,) = _canvas(1, 1, 10.0, 4.2)
     # A student and its baseline have one size: drawn a little apart, their intervals can both be read.
     nudge = {"teacher": 1.0, "baseline": 0.985, "student": 1.015}
-    places = {e.name: (e.cost["parameters"] * nudge[e.role], 100 * e.quality["accuracy"]) for e in evaluations}
+    places = {e.name: (e.cost["parameters"] * nudge[e.role], unit * e.quality[e.headline]) for e in evaluations}
     for e in evaluations:
         (x, y), colour, hollow = places[e.name], styles[e.name]["color"], e.role == "baseline"
-        interval = [[max(0.0, y - 100 * e.quality["accuracy_low"])], [max(0.0, 100 * e.quality["accuracy_high"] - y)]]
+        low, high = (unit * e.quality[f"{e.headline}_{end}"] for end in ("low", "high"))
+        interval = [[max(0.0, y - low)], [max(0.0, high - y)]]
         axis.errorbar(
             x, y, yerr=interval, fmt="s" if e.role == "teacher" else "o", color=colour, markersize=8, capsize=3, elinewidth=1,
             markerfacecolor="white" if hollow else colour, markeredgewidth=1.6,
@@ -134,15 +138,18 @@ def _size_quality(evaluations: Sequence[Evaluation], styles: Mapping[str, Mappin
     axis.set_xlim(sizes[0] / 1.35, sizes[-1] * 1.2)
     axis.set_xticks(sizes, [f"{size / 1e6:.3g} M" for size in sizes])
     axis.minorticks_off()
-    axis.yaxis.set_major_formatter(PercentFormatter(decimals=0 if axis.get_ylim()[1] - axis.get_ylim()[0] > 5 else 1))
+    if headline.share:
+        axis.yaxis.set_major_formatter(PercentFormatter(decimals=0 if axis.get_ylim()[1] - axis.get_ylim()[0] > 5 else 1))
     axis.set_xlabel("parameters (log scale)", fontsize=8.5, color=INK)
-    axis.set_ylabel("accuracy, with 95 % interval", fontsize=8.5, color=INK)
+    axis.set_ylabel(f"{headline.title}, with 95 % interval{'; lower is better' if lower else ''}", fontsize=8.5, color=INK)
     _title(axis, "size against quality")
     return figure
 
 
-def _reliability(evaluations: Sequence[Evaluation], styles: Mapping[str, Mapping[str, Any]]) -> Figure:
+def _reliability(evaluations: Sequence[Evaluation], styles: Mapping[str, Mapping[str, Any]]) -> Figure | None:
     """Accuracy in each bin of confidence; on the diagonal a model is as sure as it is right."""
+    if not evaluations:
+        return None
     columns = min(3, len(evaluations))
     figure, axes = _canvas(-(-len(evaluations) // columns), columns, 3.4, 3.4, sharex=True, sharey=True)
     for axis in axes[len(evaluations) :]:
@@ -167,8 +174,10 @@ def _reliability(evaluations: Sequence[Evaluation], styles: Mapping[str, Mapping
     return figure
 
 
-def _confusion(evaluations: Sequence[Evaluation]) -> Figure:
+def _confusion(evaluations: Sequence[Evaluation]) -> Figure | None:
     """Share of each true class that got each answer."""
+    if not evaluations:
+        return None
     classes = len(evaluations[0].labels)
     columns = min(3, len(evaluations))
     side = min(7.0, max(3.6, 0.42 * classes + 1.4))

@@ -14,14 +14,15 @@ from cluster.journal import Journal
 from cluster.session import connect
 from cluster.tracking import Target
 from distillation.errors import DistilleryError
+from distillation.metrics import headline
 from jobs import report, stages
 from jobs.config import JobConfig
 from jobs.plan import Plan, make_plan
 from jobs.progress import Progress
 from jobs.stages import Context
 
-COLUMNS = ("test/accuracy", "test/retention", "test/agreement", "cost/parameters", "cost/latency_ms_p50", "test/nll")
-"""Shown beside the runs in MLflow; sorted by the first."""
+COLUMNS = ("test/retention", "test/agreement", "cost/parameters", "cost/latency_ms_p50", "test/nll")
+"""Shown beside the runs in MLflow, after the metric that the task is about."""
 
 STAGES: dict[str, tuple[Callable[[Context], object], ...]] = {
     "prepare": (stages.prepare,),
@@ -103,9 +104,9 @@ def tracking_uri(job: JobConfig) -> tuple[str, str | None]:
 
 def target_of(job: JobConfig) -> Target:
     uri, artifacts = tracking_uri(job)
-    note = f"Distillation of `{job.teacher.model}` into {', '.join(job.all_students)}. Each student stands beside its baseline: "
+    note = f"Distillation of `{job.lead.model}` into {', '.join(job.all_students)}. Each student stands beside its baseline: "
     note += "the same start and number of steps without the teacher."
-    return Target(job.tracking, uri, job.name, artifacts, note, COLUMNS)
+    return Target(job.tracking, uri, job.name, artifacts, note, (f"test/{headline(job.task.type)}", *COLUMNS))
 
 
 def _links(context: Context, tracker: Tracker, places: dict[str, Path]) -> None:
@@ -114,7 +115,7 @@ def _links(context: Context, tracker: Tracker, places: dict[str, Path]) -> None:
     console.print()
     for name, path in places.items():
         console.print(f"{name:<16}{path}", markup=False, soft_wrap=True)
-    keys = [context.key(name) for name in ["teacher", *(run.name for run in plan.runs)]]
+    keys = [context.key(name) for name in [plan.lead, *(run.name for run in plan.runs)]]
     for title, url in (("MLflow runs", tracker.experiment_url()), ("MLflow compare", tracker.compare_url(keys))):
         if url:
             console.print(f"{title:<16}{url}", markup=False, soft_wrap=True)

@@ -11,10 +11,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from distillation.cards import METRICS, Facts, show
 from distillation.evaluate import Evaluation
-from distillation.export import Facts
-
-COLUMNS = ("model", "accuracy", "retention", "agreement", "parameters", "FLOPs", "p50 / p95 ms", "MB")
 
 
 def ordered(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
@@ -26,14 +24,27 @@ def ordered(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
     return [by_name[name] for name in dict.fromkeys([*names, *by_name])]
 
 
+def headings(evaluations: Sequence[Evaluation]) -> tuple[str, ...]:
+    """Of the table's columns: the headline of the task, and what is known beside the teacher."""
+    near = METRICS[_near(evaluations)].title
+    return ("model", METRICS[evaluations[0].headline].title, "retention", near, "parameters", "FLOPs", "p50 / p95 ms", "MB")
+
+
+def _near(evaluations: Sequence[Evaluation]) -> str:
+    """The metric that says how alike a model and its teacher are; numbers have no agreement."""
+    return "mse_to_teacher" if evaluations[0].task == "regression" else "agreement"
+
+
 def cells(e: Evaluation) -> tuple[str, ...]:
-    """One row of the table, as text: see `COLUMNS`."""
-    quality, beside, cost, ratio = e.quality, e.against, e.cost, e.ratios
+    """One row of the table, as text: see `headings`."""
+    beside, cost, ratio, near = e.against, e.cost, e.ratios, _near([e])
+    value, low, high = (e.quality[f"{e.headline}{end}"] for end in ("", "_low", "_high"))
+    half = f"{50 * (high - low):.1f}" if METRICS[e.headline].share else f"{(high - low) / 2:.2g}"
     return (
         e.name,
-        f"{_percent(quality['accuracy'])} ±{50 * (quality['accuracy_high'] - quality['accuracy_low']):.1f}",
+        f"{metric(e.headline, value)} ±{half}",
         f"{_percent(beside['retention'])} ±{50 * (beside['retention_high'] - beside['retention_low']):.1f}" if beside else "",
-        _percent(beside["agreement"]) if beside else "",
+        metric(near, beside[near]) if near in beside else "",
         _count(cost["parameters"]) + (f" ({ratio['parameter_ratio']:.2f}x)" if ratio else ""),
         _count(cost["flops"]) + (f" ({ratio['flops_ratio']:.2f}x)" if ratio else ""),
         f"{cost['latency_ms_p50']:.1f} / {cost['latency_ms_p95']:.1f}",
@@ -41,10 +52,15 @@ def cells(e: Evaluation) -> tuple[str, ...]:
     )
 
 
+def metric(name: str, value: float) -> str:
+    """In percent where it is a share."""
+    return _percent(value) if METRICS[name].share else show(name, value)
+
+
 def table(evaluations: Sequence[Evaluation]) -> Table:
     """Teacher, baselines and students side by side; fits 120 columns. `conditions` belongs under it."""
     rich = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for i, name in enumerate(COLUMNS):
+    for i, name in enumerate(headings(evaluations)):
         rich.add_column(name, justify="left" if i == 0 else "right", no_wrap=i > 0, overflow="fold")
     rows = ordered(evaluations)
     for e, after in zip(rows, [*rows[1:], None], strict=True):
@@ -56,9 +72,12 @@ def table(evaluations: Sequence[Evaluation]) -> Table:
 def conditions(evaluations: Sequence[Evaluation]) -> str:
     """What the numbers of the table were measured on."""
     e = evaluations[0]
+    interval = "accuracy: Wilson; retention: paired bootstrap" if e.headline == "accuracy" else "paired bootstrap over rows"
+    lower = f"Of {METRICS[e.headline].title} less is better: retention is the teacher's over the model's. " if e.better == "min" else ""
+    scored = f", {e.positions:,} scored positions" if e.positions > e.rows else ""
     return (
-        f"{e.rows:,} rows, {e.labelled:,} labelled; {e.device}, {e.precision}, {int(e.cost['threads'])} threads. "
-        f"± is half of a 95 % interval (accuracy: Wilson; retention: paired bootstrap). "
+        f"{e.rows:,} rows, {e.labelled:,} labelled{scored}; {e.device}, {e.precision}, {int(e.cost['threads'])} threads. "
+        f"± is half of a 95 % interval ({interval}). {lower}"
         f"FLOPs: a row of median length. ms: one row at a time."
     )
 
@@ -72,16 +91,33 @@ def _verdict(e: Evaluation) -> str:
     speed = e.ratios["speedup"]
     pace = f"{speed:.1f}x faster" if speed >= 1.05 else "no faster" if speed > 1 / 1.05 else f"{1 / speed:.1f}x slower"
     size = f"{e.ratios['parameter_ratio']:.2f}x the parameters"
-    kept = f"{e.name} keeps {_percent(e.against['retention'])} of the teacher's accuracy at {size}, {pace}"
+    kept = f"{e.name} {_kept(e)} at {size}, {pace}"
     if "gain" not in e.against:
         return f"{kept}; nothing was trained without distillation to compare it with."
     gain, low, high = (e.against[key] for key in ("gain", "gain_low", "gain_high"))
     same, interval = "the same student without distillation", f"95 % interval {low:.1f} to {high:.1f}"
+    over, under, unit = ("points over", "points worse than", " points")
+    if e.better == "min":
+        name = METRICS[e.headline].title
+        over, under, unit = (f"% less {name} than", f"% more {name} than", " %")
     if low > 0:
-        return f"{kept}; {gain:+.1f} points over {same} ({interval})."
+        return f"{kept}; {f'{gain:+.1f}' if e.better == 'max' else f'{gain:.1f}'} {over} {same} ({interval})."
     if high < 0:
-        return f"{kept}; {-gain:.1f} points worse than {same} ({gain:+.1f}, {interval})."
-    return f"{kept}; no measurable gain over {same} ({gain:+.1f} points, {interval})."
+        return f"{kept}; {-gain:.1f} {under} {same} ({gain:+.1f}, {interval})."
+    return f"{kept}; no measurable gain over {same} ({gain:+.1f}{unit}, {interval})."
+
+
+def _kept(e: Evaluation) -> str:
+    value, retention = e.quality[e.headline], e.against["retention"]
+    if e.headline == "cosine":
+        return f"comes as near to the teacher's vectors as a cosine of {show('cosine', value)}"
+    if e.headline == "neighbours":
+        return f"finds the teacher's nearest neighbour of {_percent(value)} of the rows"
+    of = f"keeps {_percent(retention)} of the teacher's {METRICS[e.headline].title}"
+    if e.headline == "accuracy" or retention <= 0:
+        return of
+    teacher = value * retention if e.better == "min" else value / retention
+    return f"{of} ({metric(e.headline, value)} against {metric(e.headline, teacher)})"
 
 
 def _percent(share: float) -> str:
@@ -151,6 +187,8 @@ def page(path: Path, title: str, evaluations: Sequence[Evaluation], figures: Seq
         _comparison(rows),
         f'<p class="soft">{escape(conditions(rows))} A baseline is the same student with the same start and the same number of steps, '
         "trained on labels alone.</p>",
+        _further(rows),
+        _by_label(rows),
         "<h2>Figures</h2>" if figures else "",
         *(_picture(figure) for figure in figures),
         *(_examples(e) for e in rows if e.role == "student" and e.disagreements),
@@ -169,8 +207,39 @@ def _comparison(rows: Sequence[Evaluation]) -> str:
         name, *numbers = cells(e)
         first = escape(name) + (f' <span class="role">{e.role}</span>' if e.role not in name else "")
         lines.append(f'<tr class="{e.role}"><td>{first}</td>' + "".join(f"<td>{escape(n)}</td>" for n in numbers) + "</tr>")
-    head = "".join(f"<th>{escape(name)}</th>" for name in COLUMNS)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return _table(headings(rows), lines)
+
+
+def _table(head: Sequence[str], lines: Sequence[str]) -> str:
+    titles = "".join(f"<th>{escape(name)}</th>" for name in head)
+    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _further(rows: Sequence[Evaluation]) -> str:
+    """Every metric that the comparison leaves out, of whatever has it."""
+    shown, found = {rows[0].headline, _near(rows)}, [{**e.quality, **e.against} for e in rows]
+    names = [name for name in METRICS if name not in shown and any(name in each for each in found)]
+    lines = [
+        f'<tr class="{e.role}"><td>{escape(e.name)}</td>'
+        + "".join(f"<td>{metric(n, each[n]) if n in each else ''}</td>" for n in names)
+        + "</tr>"
+        for e, each in zip(rows, found, strict=True)
+    ]
+    return f"<h2>Further metrics</h2>{_table(('model', *(METRICS[name].title for name in names)), lines)}" if names else ""
+
+
+def _by_label(rows: Sequence[Evaluation]) -> str:
+    """Of words: how many have each label, and recall and precision of every model, in percent."""
+    if rows[0].task != "token_classification":
+        return ""
+    lines = []
+    for i, label in enumerate(rows[0].labels):
+        line_cells = [f"{sum(rows[0].confusion[i]):,}"]
+        for e in rows:
+            right, true, said = e.confusion[i][i], sum(e.confusion[i]), sum(line[i] for line in e.confusion)
+            line_cells.append(" / ".join(f"{100 * right / of:.1f}" if of else "-" for of in (true, said)))
+        lines.append(f"<tr><td>{escape(label)}</td>{''.join(f'<td>{cell}</td>' for cell in line_cells)}</tr>")
+    return f"<h2>Recall / precision of each label, word by word</h2>{_table(('label', 'words', *(e.name for e in rows)), lines)}"
 
 
 def _picture(figure: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ def search(job: JobConfig, console: Console) -> None:
     made_from = {
         "job": job.model_dump(mode="json", exclude=MAY_CHANGE),
         "corpus": plan.corpus.fingerprint,
-        "teacher": plan.teacher.fingerprint,
+        "teacher": {name: stage.fingerprint for name, stage in plan.teachers.items()},
     }  # type: ignore[arg-type]
     fingerprint = store.fingerprint(made_from)
     with Ledger(folder / "ledger.jsonl") as ledger:
@@ -79,15 +79,15 @@ def _run(context: Context, tracker: Tracker, ledger: Ledger, fingerprint: str) -
     assert job.search is not None
     concurrent = tune.require_room(job.search, job.cluster)
     stages.prepare(context)
-    passes = 0 if plan.targets and plan.found(plan.targets) else 1
+    passes = sum(1 for stage in plan.targets.values() if not plan.found(stage))
     stages.teach(context)
     trainings = Trainings(plan, job.space())
-    _require_metrics(job.search, trainings.teacher)
+    _require_metrics(job.search, trainings.reported)
     ledger.begin(job.name, job.model_dump(mode="json"), fingerprint, trainings.teacher, passes)
     assert ledger.search is not None
     recorder = Recorder(context.journal, context.parent)
     recorder.catch_up(ledger.search)
-    context.journal.metrics(context.key("teacher"), trainings.teacher, 0)
+    context.journal.metrics(context.key(context.plan.lead), trainings.teacher, 0)
     director = Director(ledger, build_searcher(job.search, job.space()), trainings, recorder, lambda trial: _discard(plan, trial))
     _train(context, director, trainings, concurrent)
     console.print(f"{director.ran} trainings in this run. {views.teacher_passes(ledger.search)}", highlight=False)
@@ -127,7 +127,7 @@ def _shared(context: Context, trainings: Trainings) -> dict[str, Any]:
     return {
         "cluster": job.cluster.model_copy(update={**size, "storage": context.plan.storage.uri}).model_dump(mode="json"),
         "quality": search.quality, "maximise": QUALITY[search.quality] == "max",
-        "teacher_accuracy": trainings.teacher.get("validation/accuracy", 0.0),
+        "teacher": {"metric": trainings.headline, "value": trainings.teacher.get(trainings.headline)},
         "evaluation": job.evaluation.model_dump(mode="json") | {"threads": _threads(job)},
     }  # fmt: skip
 
@@ -174,13 +174,13 @@ def _require_same(known: Search | None, job: JobConfig, fingerprint: str) -> Non
     )  # fmt: skip
 
 
-def _require_metrics(config: SearchConfig, teacher: dict[str, float]) -> None:
-    """Refuse now what no trial could report."""
-    there = {*teacher, "validation/retention"} if "validation/accuracy" in teacher else set(teacher)
+def _require_metrics(config: SearchConfig, there: Collection[str]) -> None:
+    """Refuse now what no trial could report. there: what each of them does, see `Trainings.reported`."""
     if missing := [name for name in (*config.objectives, *config.keep) if name in QUALITY and name not in there]:
         raise InputError(
-            "DST-3503", "search asks for what cannot be measured", where="validation split", expected=", ".join(missing),
-            found="no labelled row in it", do="Add labels to the validation split, or search for validation/agreement",
+            "DST-3503", "search asks for what cannot be measured", where="validation split", expected=", ".join(dict.fromkeys(missing)),
+            found=f"labels and stored answers for {', '.join(there) or 'nothing'}",
+            do="Add labels to the validation split, store what the teacher says (dense or topk), or search for what there is",
         )  # fmt: skip
 
 
@@ -192,7 +192,7 @@ def _discard(plan: Plan, trial: Trial) -> None:
 
 def _test(context: Context, search: Search, choice: dict[str, Any]) -> list[Evaluation]:
     """The finalists' refits, their baselines and the teacher on the test split, which nothing has looked at before."""
-    tested = [Tested("teacher", "teacher", None, context.plan.teacher)]
+    tested = [Tested("teacher", context.plan.lead, None, context.plan.teacher)]
     finalists = {finalist["trial"] for finalist in choice["finalists"]}
     done = [t for t in search.of_role("refit", "refit-baseline") if any(map(t.confirms, finalists)) and t.state == "finished"]
     baselines = {(number, t.task.seed): t for t in done if t.task.role == "refit-baseline" for number in finalists if t.confirms(number)}
@@ -206,7 +206,7 @@ def _test(context: Context, search: Search, choice: dict[str, Any]) -> list[Eval
     evaluations = stages.on_test_split(context, tested)
     recorder, numbers = Recorder(context.journal, context.parent), {t.task.name: t.number for t in done}
     for e in evaluations:
-        key = recorder.key(numbers[e.name]) if e.name in numbers else context.key("teacher")
+        key = recorder.key(numbers[e.name]) if e.name in numbers else context.key(context.plan.lead)
         context.journal.metrics(key, {f"test/{name}": value for name, value in {**e.quality, **e.against}.items()}, 0)
     return evaluations
 
@@ -295,7 +295,7 @@ def target_of_search(job: JobConfig) -> Target:
     assert job.search is not None
     shown = [*job.search.objectives, *(name for name in job.search.keep if name not in job.search.objectives)]
     columns = (job.search.quality, *(name for name in shown if name != job.search.quality), *(c for c in ("cost/flops",) if c not in shown))
-    note = f"Search over {', '.join(job.search.space)}: students of `{job.teacher.model}`."
+    note = f"Search over {', '.join(job.search.space)}: students of `{job.lead.model}`."
     return Target(job.tracking, uri, f"{job.name}-search", artifacts, note, columns, ascending=METRICS[columns[0]] == "min")
 
 

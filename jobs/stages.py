@@ -18,16 +18,17 @@ from cluster.links import environment_tags
 from cluster.session import cpus_per_worker, unwrap
 from distillation import export as exporting
 from distillation import fit, models, store
+from distillation.config import ONLY, TaskConfig
 from distillation.errors import ClusterError
 from distillation.evaluate import Candidate, Evaluation, Role
 from distillation.evaluate import evaluate as evaluate_models
 from distillation.rows import open_columns
 from distillation.storage import Storage
-from distillation.students import require_buildable
 from jobs import report
 from jobs.config import dump, flat
+from jobs.estimate import require_budget
 from jobs.figures import figures
-from jobs.plan import Plan, Stage
+from jobs.plan import Plan, Stage, require_possible
 from jobs.progress import Progress
 
 
@@ -65,9 +66,8 @@ def begin(context: Context) -> None:
 def prepare(context: Context) -> store.Manifest:
     """Corpus: read, identify, deduplicate, split, tokenise, write parts."""
     plan, progress = context.plan, context.progress
-    models.require_tokenizer_fits(plan.model)
-    for student in plan.job.all_students.values():
-        require_buildable(student, plan.model)
+    require_budget(plan)
+    require_possible(plan)
     if (manifest := plan.found(plan.corpus)) is not None:
         progress.found(_corpus_line(manifest))
     else:
@@ -82,41 +82,56 @@ def prepare(context: Context) -> store.Manifest:
 
 
 def teach(context: Context) -> None:
-    """Teacher: train it if the job says so; then let it answer every row, once."""
-    plan, progress, job = context.plan, context.progress, context.plan.job
-    key = context.key("teacher")
-    context.journal.run(key, name="teacher", parent=context.parent, tags={"role": "teacher"})
-    if plan.found(plan.teacher):
-        progress.found("teacher")
-    elif job.teacher.training:
-        with progress.stage(f"teacher: fine-tuning {job.teacher.model}"):
-            training.train(plan.teacher_fit(), plan.teacher.made_from, job.cluster, context.record, key)
-    else:
-        with progress.stage(f"teacher: {job.teacher.model}"):
-            fit.adopt(
-                plan.storage, plan.model, plan.labels(), plan.teacher.folder, plan.teacher.fingerprint, plan.teacher.made_from,
-                pickled=job.teacher.pickled_weights,
-            )  # fmt: skip
-    _describe_model(context, key, plan.teacher)
-    if plan.targets is None:
+    """Teachers: train those that the job says to train; then let each answer every row, once."""
+    plan, progress = context.plan, context.progress
+    require_budget(plan)
+    for name in plan.teachers:
+        _train_teacher(context, name)
+    if not plan.job.asked_teachers:
         progress.note("no loss asks the teacher: it is not run over the corpus")
-        return
-    if (manifest := plan.found(plan.targets)) is not None:
-        progress.found(f"targets of {manifest.facts['rows_answered']:,} rows")
+    for name, stage in plan.targets.items():
+        _answer(context, name, stage)
+
+
+def _train_teacher(context: Context, name: str) -> None:
+    plan, progress, job = context.plan, context.progress, context.plan.job
+    teacher, stage, key = job.all_teachers[name], plan.teachers[name], context.key(name)
+    context.journal.run(key, name=name, parent=context.parent, tags={"role": "teacher"})
+    if plan.found(stage):
+        progress.found(name if name == ONLY else f"teacher {name}")
+    elif teacher.training:
+        with progress.stage(f"{name}: fine-tuning {teacher.model}"):
+            training.train(plan.teacher_fit(name), stage.made_from, job.cluster, context.record, key)
     else:
-        with progress.stage("targets: the teacher answers every row, once"):
+        with progress.stage(f"{name}: {teacher.model}"):
+            fit.adopt(
+                plan.storage, plan.models[name], job.task, plan.labels(), stage.folder, stage.fingerprint, stage.made_from,
+                pickled=teacher.pickled_weights,
+            )  # fmt: skip
+    _describe_model(context, key, stage)
+
+
+def _answer(context: Context, name: str, stage: Stage) -> None:
+    plan, progress, job = context.plan, context.progress, context.plan.job
+    teacher, whose = job.all_teachers[name], "the teacher" if name == ONLY else name
+    if (manifest := plan.found(stage)) is not None:
+        progress.found(f"targets of {manifest.facts['rows_answered']:,} rows" + ("" if name == ONLY else f" by {name}"))
+    else:
+        with progress.stage(f"targets: {whose} answers every row, once"):
             manifest = teaching.teach(
-                job.task, job.teacher.targets, plan.teacher.folder, plan.corpus.folder, plan.targets.folder,
-                fingerprint=plan.targets.fingerprint, made_from=plan.targets.made_from, batch_tokens=job.teacher.batch_tokens,
-                precision=job.teacher.precision, cluster=job.cluster, record=context.record, key=key,
+                job.task, job.targets(name), plan.teachers[name].folder, plan.corpus.folder, stage.folder,
+                fingerprint=stage.fingerprint, made_from=stage.made_from, batch_tokens=teacher.batch_tokens,
+                precision=teacher.precision, cluster=job.cluster, record=context.record, key=context.key(name),
             )  # fmt: skip
         progress.note(f"{manifest.facts['rows_answered']:,} rows answered, {manifest.total_bytes() / 1e6:.1f} MB")
-    context.journal.dataset(context.parent, "targets", manifest.fingerprint, plan.storage.path(plan.targets.folder), "teacher")
+    context.journal.dataset(context.parent, "targets", manifest.fingerprint, plan.storage.path(stage.folder), "teacher")
 
 
 def distill(context: Context) -> None:
     """Students, each followed by the same student without distillation."""
     plan, progress = context.plan, context.progress
+    for line in layer_table(plan):
+        progress.note(line)
     for run in plan.runs:
         key = context.key(run.name)
         context.journal.run(key, name=run.name, parent=context.parent, tags={"role": run.role})
@@ -133,10 +148,21 @@ def distill(context: Context) -> None:
         _describe_model(context, key, run.stage)
 
 
+def layer_table(plan: Plan) -> list[str]:
+    """Which student layer follows which teacher layer, for every term that compares layers."""
+    found = []
+    for run in plan.runs:
+        for name, loss in run.losses.items():
+            if isinstance(layers := getattr(loss, "layers", None), dict):
+                pairs = ", ".join(f"{mine} <- {its}" for mine, its in layers.items())
+                found.append(f"layers of {run.name}, {name}: student <- teacher {pairs}")
+    return found
+
+
 def evaluate(context: Context) -> list[Evaluation]:
     """Teacher, baselines and students over the test split, by the same code, one after the other."""
     plan = context.plan
-    tested = [Tested("teacher", "teacher", None, plan.teacher), *(Tested(run.role, run.name, run.baseline, run.stage) for run in plan.runs)]
+    tested = [Tested("teacher", plan.lead, None, plan.teacher), *(Tested(run.role, run.name, run.baseline, run.stage) for run in plan.runs)]
     evaluations = report.ordered(on_test_split(context, tested))
     for e in evaluations:
         numbers = {f"test/{k}": v for k, v in {**e.quality, **e.against}.items()} | {
@@ -159,7 +185,7 @@ def on_test_split(context: Context, tested: Sequence[Tested]) -> list[Evaluation
     """Evaluate these models, or find that it was done: with other models, settings or threads it is done anew."""
     plan, progress, job = context.plan, context.progress, context.plan.job
     made_from = {
-        "models": {one.name: one.stage.fingerprint for one in tested}, "corpus": plan.corpus.fingerprint,
+        "models": {one.name: one.stage.fingerprint for one in tested}, "corpus": plan.corpus.fingerprint, "task": job.task.type,
         "settings": job.evaluation.model_dump(),
         "threads": job.evaluation.threads or cpus_per_worker(job.cluster), "gpus": job.cluster.gpus_per_worker,
     }  # fmt: skip
@@ -208,9 +234,10 @@ def publish(context: Context, evaluations: list[Evaluation]) -> dict[str, Path]:
 def facts_of(plan: Plan) -> exporting.Facts:
     """What a model card and a report say about where a student comes from."""
     return exporting.Facts(
-        teacher=plan.job.teacher.model, corpus=plan.job.corpus.type, max_length=plan.job.task.max_length, config=dump(plan.job),
+        teacher=str(plan.job.lead.model), corpus=plan.job.corpus.type, max_length=plan.job.task.max_length, task=plan.job.task,
+        config=dump(plan.job),
         fingerprints={"job": plan.fingerprint, "corpus": plan.corpus.fingerprint, "teacher": plan.teacher.fingerprint}
-        | ({"targets": plan.targets.fingerprint} if plan.targets else {}),
+        | {("targets" if name == ONLY else f"targets of {name}"): stage.fingerprint for name, stage in plan.targets.items()},
         versions={k.removeprefix("version."): v for k, v in environment_tags().items() if k.startswith("version.")},
     )  # fmt: skip
 
@@ -221,7 +248,7 @@ def finish(context: Context) -> None:
 
 
 def _models(plan: Plan) -> dict[str, Stage]:
-    return {"teacher": plan.teacher, **{run.name: run.stage for run in plan.runs}}
+    return {plan.lead: plan.teacher, **{run.name: run.stage for run in plan.runs}}
 
 
 def _describe_model(context: Context, key: str, stage: Stage) -> None:
@@ -252,7 +279,9 @@ def _on_a_worker(plan: Plan, tested: Sequence[Tested]) -> list[Evaluation]:
     candidates = [((one.role, one.baseline), one.name, one.stage.folder) for one in tested]
     task = ray.remote(num_cpus=cpus, num_gpus=job.cluster.gpus_per_worker, max_retries=job.cluster.max_failures)(evaluate_task)
     try:
-        return ray.get(task.remote(job.cluster.storage, plan.corpus.folder, candidates, plan.labels(), job.evaluation.model_dump(), cpus))
+        return ray.get(
+            task.remote(job.cluster.storage, plan.corpus.folder, candidates, job.task, plan.labels(), job.evaluation.model_dump(), cpus)
+        )
     except ray.exceptions.RayError as error:
         raise unwrap(error) or ClusterError(
             "DST-6004", "a worker failed", where="evaluation", found=str(error).strip().splitlines()[-1],
@@ -261,7 +290,13 @@ def _on_a_worker(plan: Plan, tested: Sequence[Tested]) -> list[Evaluation]:
 
 
 def evaluate_task(
-    uri: str, corpus: str, candidates: list[tuple[Any, str, str]], labels: tuple[str, ...], settings: dict[str, Any], cpus: int
+    uri: str,
+    corpus: str,
+    candidates: list[tuple[Any, str, str]],
+    task: TaskConfig,
+    labels: tuple[str, ...],
+    settings: dict[str, Any],
+    cpus: int,
 ) -> list[Evaluation]:
     """Runs on a node: open the test split and the models there, and evaluate."""
     import torch
@@ -271,7 +306,7 @@ def evaluate_task(
     _, columns = open_columns(storage, corpus, "corpus", "test")
     opened = [Candidate(role, name, fit.model_folder(storage, folder), baseline) for (role, baseline), name, folder in candidates]
     settings = {**settings, "threads": settings["threads"] or cpus}
-    return evaluate_models(opened, columns, labels, device="cuda" if torch.cuda.is_available() else "cpu", **settings)
+    return evaluate_models(opened, columns, task, labels, device="cuda" if torch.cuda.is_available() else "cpu", **settings)
 
 
 def _curves(plan: Plan) -> dict[str, Any]:

@@ -11,15 +11,16 @@ import numpy as np
 from pydantic import ValidationError
 
 from distillation import loop, store
-from distillation.config import FitConfig, TrainingConfig, only_labels
-from distillation.fit import pad_id
-from distillation.models import read_config
+from distillation.config import DenseLogits, FitConfig, LayersStudent, TrainingConfig, only_labels
+from distillation.fit import reader, tokens_in_use
+from distillation.metrics import OF_TEACHER
+from distillation.models import depth_of, read_config
 from distillation.rows import open_rows
-from distillation.signals import Outputs
 from distillation.students import label, size_of
-from distillation.tasks import build_task
+from distillation.told import statistics_of_teacher
 from jobs.config import JobConfig, refusal
-from jobs.plan import TEACHER_LOSSES, Plan, Run, depth_of
+from jobs.plan import Plan, Run, teacher_losses
+from tuning.config import reported, retention
 from tuning.director import Proposal
 from tuning.ledger import Role, Task, Trial
 from tuning.schedulers import rungs
@@ -28,8 +29,11 @@ from tuning.space import Point, Space, trial_name
 CURVE_POINTS = 50
 """Of the loss that a trial reports: thousands of trials are kept in memory and in MLflow."""
 
-SCORED_ROWS = 4096
-"""Rows whose stored answers are scored at once."""
+SCORED_ROWS = 256
+"""Rows whose stored answers are scored at once; images are looked at, too."""
+
+SCORED_TEXTS = 4
+"""The same where an answer is a logit for every token of the vocabulary at every place."""
 
 
 class Trainings:
@@ -37,12 +41,11 @@ class Trainings:
 
     def __init__(self, plan: Plan, space: Space) -> None:
         assert plan.job.search is not None
-        assert plan.targets is not None
         self._plan, self._space, self._config = plan, space, plan.job.search
         self._labels = plan.labels()
-        task = build_task(plan.job.task, pad_id(plan.model))
-        self._train = open_rows(plan.storage, plan.corpus.folder, None, "train", task)
-        self._validation = open_rows(plan.storage, plan.corpus.folder, plan.targets.folder, "validation", task)
+        task, targets = reader(plan.job.task, plan.model, self._labels), {name: stage.folder for name, stage in plan.targets.items()}
+        self._train = open_rows(plan.storage, plan.corpus.folder, {}, "train", task)
+        self._validation = open_rows(plan.storage, plan.corpus.folder, targets, "validation", task)
         self._length = int(np.sort(self._validation.lengths)[len(self._validation) // 2])
         self._sizes = cache(self._size)
         self._steps = cache(self._count_steps)
@@ -103,21 +106,45 @@ class Trainings:
         return job.model_copy(update=changes)
 
     @cached_property
+    def _tokens(self) -> int:
+        """Of a trimmed vocabulary."""
+        plan = self._plan
+        return len(tokens_in_use(plan.storage, plan.corpus.folder, plan.job.task, plan.model))
+
+    @cached_property
     def rows(self) -> int:
         """That a trial of the job as it is written sees."""
         return self._total(self._plan.vary(self.job({})), self._config.budget)[1]
 
     @cached_property
     def teacher(self) -> dict[str, float]:
-        """validation/accuracy and the like, of what the teacher said in the store: it is not asked again."""
-        sums: dict[str, float] = {}
-        counts: dict[str, int] = {}
-        for start in range(0, len(self._validation), SCORED_ROWS):
-            batch = self._validation.batch(np.arange(start, min(start + SCORED_ROWS, len(self._validation))))
-            assert batch.signal.logits is not None
-            for name, (total, count) in self._validation.task.score(Outputs(batch.signal.logits), batch).items():
-                sums[name], counts[name] = sums.get(name, 0.0) + float(total), counts.get(name, 0) + count
-        return {f"validation/{name}": total / counts[name] for name, total in sums.items() if counts[name]}
+        """validation/accuracy and the like, of what the first teacher said in the store: it is not asked again.
+
+        {} where the store does not say it: of a live teacher, or of draws.
+        """
+        task, rows, found = self._validation.task, self._validation, 0.0
+        if next(iter(self._plan.job.all_teachers)) not in self._plan.targets:
+            return {}
+        dense = isinstance(self._plan.job.targets(next(iter(self._plan.targets))).logits, DenseLogits)
+        step = SCORED_TEXTS if task.speaks and dense else SCORED_ROWS
+        for start in range(0, len(rows), step):
+            said = statistics_of_teacher(task, rows.batch(np.arange(start, min(start + step, len(rows)))), len(self._labels))
+            if said is None:
+                return {}
+            found = found + said.sum(0).numpy()
+        return {f"validation/{name}": value for name, value in task.scores(np.asarray(found)).items()}
+
+    @property
+    def headline(self) -> str:
+        """validation/... of the task."""
+        return reported(self._plan.job.task.type)[0]
+
+    @cached_property
+    def reported(self) -> list[str]:
+        """What every trial can report."""
+        job = self._plan.job
+        live = any(teacher.live for name, teacher in job.all_teachers.items() if name in job.asked_teachers)
+        return measurable(job.task.type, self.teacher, labelled=len(self._validation.labelled) > 0, live=live)
 
     # ------------------------------------------------------------------------------------------------------------ private
 
@@ -153,7 +180,8 @@ class Trainings:
         return label(student, depth_of(read_config(self._plan.model)) or 0)
 
     def _size(self, student: Any) -> dict[str, float]:
-        found = size_of(student, self._plan.model, self._labels, self._length)
+        trims = isinstance(student, LayersStudent) and student.trim_vocabulary
+        found = size_of(student, self._plan.model, self._plan.job.task, self._labels, self._length, self._tokens if trims else None)
         return {f"cost/{name}": value for name, value in found.items()}
 
     def _total(self, plan: Plan, share: float) -> tuple[int, int]:
@@ -161,8 +189,19 @@ class Trainings:
         return self._steps(_extent(plan.job.training), only_labels(plan.job.active_losses), share)
 
     def _count_steps(self, training: TrainingConfig, labelled: bool, share: float) -> tuple[int, int]:
-        losses = TEACHER_LOSSES if labelled else self._plan.job.active_losses
+        losses = teacher_losses(self._plan.job.task) if labelled else self._plan.job.active_losses
         return loop.steps_for(self._train.lengths, self._train.labelled, losses, training, share)
+
+
+def measurable(task: str, teacher: Mapping[str, float], *, labelled: bool, live: bool) -> list[str]:
+    """What trials can report: what needs a label if the validation split has any, what needs a teacher if the store says enough of it.
+
+    teacher: what is known of it. labelled: whether any row of the split is. live: a teacher answers the trials themselves.
+    """
+    headline, *others, kept = reported(task)
+    told = {name for name in (headline, *others) if name.removeprefix("validation/") in OF_TEACHER}
+    found = [name for name in (headline, *others) if ((live or name in teacher) if name in told else labelled)]
+    return [*found, *([kept] if retention(headline, 1.0, teacher.get(headline)) is not None else [])]
 
 
 def _extent(training: TrainingConfig) -> TrainingConfig:

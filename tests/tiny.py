@@ -9,16 +9,24 @@ import pyarrow as pa
 import torch
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from cluster.teaching import answer_part
-from distillation import fit, store
-from distillation.config import CrossEntropy, FitConfig, ForwardKL, LayersStudent, TargetsConfig, TextClassification, TrainingConfig
-from distillation.rows import open_rows
-from distillation.signals import Classifier
+from distillation import fit, models, store
+from distillation.answers import answer_part, make_teacher
+from distillation.config import (
+    CrossEntropy,
+    FitConfig,
+    ForwardKL,
+    LayersStudent,
+    TargetsConfig,
+    TextClassification,
+    TrainingConfig,
+    default_logits,
+)
+from distillation.rows import Rows, open_rows
 from distillation.storage import Storage
 from distillation.tasks import build_task
 
 LABELS = ("a", "b", "c")
-TASK = TextClassification(max_length=32)
+TASK = TextClassification(type="text_classification", max_length=32)
 LOSSES = {"hard": CrossEntropy(type="cross_entropy", weight=0.3), "soft": ForwardKL(type="forward_kl", weight=0.7, temperature=2.0)}
 
 
@@ -83,6 +91,8 @@ def corpus(storage, train=120, validation=30, test=30, labelled=1.0, part_rows=5
                     "text": [t for _, t, _ in some],
                     "label": pa.array([-1 if label is None else LABELS.index(label) for _, _, label in some], pa.int32()),
                     "length": pa.array([len(t) for t in tokens], pa.int32()),
+                    "scored": pa.array([1] * len(some), pa.int32()),
+                    "labelled": pa.array([int(label is not None) for _, _, label in some], pa.int32()),
                     "input_ids": pa.array(tokens, pa.list_(pa.int32())),
                 }
             )
@@ -94,31 +104,23 @@ def corpus(storage, train=120, validation=30, test=30, labelled=1.0, part_rows=5
 
 def teacher(storage, tmp_path, **changes):
     source = model_folder(tmp_path / "teacher-source", **changes)
-    fit.commit_model(storage, "teachers/t", bert(**changes), source, LABELS, "t", {}, {"result": {}, "history": []})
+    fit.commit_model(storage, "teachers/t", bert(**changes), source, TASK, LABELS, "t", {}, {"result": {}, "history": []})
 
 
 def targets(storage, config=TargetsConfig(), folder="targets/t"):  # noqa: B008 - frozen
     """What the teacher says about train and validation, written by the function that the cluster's workers use."""
     manifest, paths = store.open_artifact(storage, "corpora/c", "corpus")
-    features = config.features
-    from distillation.models import load_classifier
-
-    model = Classifier(
-        load_classifier(fit.model_folder(storage, "teachers/t")),
-        layers=features.layers if features else (),
-        pooled=bool(features and features.pooled),
-    )
-    from distillation.rows import Rows
-
+    config = config.model_copy(update={"logits": config.logits or default_logits(TASK)})
+    model = make_teacher(models.load(fit.model_folder(storage, "teachers/t"), TASK), TASK, config)
     splits = {}
     for split in ("train", "validation"):
         records = []
         for part in manifest.splits[split]:
-            rows = Rows(store.Columns([paths[part.name]]), None, build_task(TASK, 0))
-            table = answer_part(model, rows, config, 512, False, torch.device("cpu"))
+            rows = Rows(store.Columns([paths[part.name]]), {}, build_task(TASK, 0))
+            table, _ = answer_part(model, rows, config, 512, False, torch.device("cpu"))
             records.append(store.write_part(storage, folder, part.name.removesuffix(".arrow"), table, part.tokens))
         splits[split] = tuple(records)
-    facts = {"corpus": "c", "layers": list(features.layers) if features else [], "labels": list(LABELS)}
+    facts = {"corpus": "c", "targets": config.model_dump(mode="json"), "labels": list(LABELS)}
     store.commit(storage, folder, store.Manifest(kind="targets", fingerprint="t", made_from={}, splits=splits, facts=facts))
 
 
@@ -132,7 +134,7 @@ def world(tmp_path, labelled=1.0, config=TargetsConfig(), **changes):  # noqa: B
 
 
 def rows_of(storage, split="train", with_targets=True):
-    return open_rows(storage, "corpora/c", "targets/t" if with_targets else None, split, build_task(TASK, 0))
+    return open_rows(storage, "corpora/c", {"teacher": "targets/t"} if with_targets else {}, split, build_task(TASK, 0))
 
 
 def settings(storage, name="s", **changes):
@@ -140,7 +142,7 @@ def settings(storage, name="s", **changes):
     training = TrainingConfig(epochs=3, batch_tokens=256, learning_rate=3e-3, log_every=1, checkpoint_every=0, precision="fp32")
     values = {
         "name": name, "task": TASK, "labels": LABELS, "student": LayersStudent(type="layers", layers=(0, 3)), "losses": LOSSES,
-        "training": training, "storage": storage.uri, "corpus": "corpora/c", "targets": "targets/t", "teacher": "teachers/t",
+        "training": training, "storage": storage.uri, "corpus": "corpora/c", "targets": {"teacher": "targets/t"}, "teacher": "teachers/t",
         "output": f"students/{name}", "fingerprint": name,
     }  # fmt: skip
     return FitConfig(**{**values, **changes})

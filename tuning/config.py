@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from distillation.config import Config
+from distillation.metrics import REPORTED
 
 # -------------------------------------------------------------------------------------------------------------- the space
 
@@ -200,12 +201,45 @@ PBT_KNOBS = re.compile(r"^training\.(learning_rate|weight_decay)$|^losses\.[^.]+
 
 QUALITY: dict[str, Literal["max", "min"]] = {
     "validation/accuracy": "max",
+    "validation/f1": "max",
+    "validation/exact_match": "max",
+    "validation/perplexity": "min",
+    "validation/bits_per_byte": "min",
+    "validation/pearson": "max",
+    "validation/mse": "min",
+    "validation/mae": "min",
+    "validation/cosine": "max",
     "validation/nll": "min",
     "validation/agreement": "max",
     "validation/kl_to_teacher": "min",
+    "validation/mse_to_teacher": "min",
     "validation/retention": "max",
 }
-"""What every trial reports, and which direction is better. retention: accuracy over the teacher's on the same rows."""
+"""What trials report, each task its own part of it, and which direction is better. See `retention` for the last one."""
+
+SHARES = frozenset({
+    "validation/accuracy", "validation/f1", "validation/exact_match", "validation/agreement", "validation/retention",
+})  # fmt: skip
+"""Shares of something: people read them in percent, and differences of them in points."""
+
+RATIOS = frozenset({"validation/perplexity"})
+"""Of which a quotient says something where a difference does not: 60 instead of 50 is as much worse as 12 instead of 10."""
+
+
+def reported(task: str) -> tuple[str, ...]:
+    """Names of what the trials of a task report; the headline first."""
+    return *(f"validation/{name}" for name in REPORTED[task]), "validation/retention"
+
+
+def retention(headline: str, value: float, teacher: float | None) -> float | None:
+    """A student's headline over the teacher's on the same rows; the teacher's over the student's where less is better. At most about 1.
+
+    None where the teacher's is not known, or where a quotient means nothing: of a teacher that is no better than none.
+    """
+    if teacher is None or teacher <= 0 or (QUALITY[headline] == "min" and value <= 0):
+        return None
+    return value / teacher if QUALITY[headline] == "max" else teacher / value
+
 
 COSTS: dict[str, Literal["max", "min"]] = {
     "cost/parameters": "min",

@@ -6,13 +6,13 @@ import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from tuning.config import COSTS, METRICS, QUALITY, Choice, KnobConfig, LogUniform
+from tuning.config import COSTS, METRICS, QUALITY, SHARES, Choice, KnobConfig, LogUniform
 from tuning.insight import knobs
 from tuning.ledger import Search, Trial
 from tuning.pareto import Decision
 from tuning.space import identity
 from tuning.views import columns
-from tuning.wording import COUNTS, LABELS, PERCENT, plain, wished
+from tuning.wording import COUNTS, LABELS, plain, wished
 
 CURVE_POINTS = 24
 """Of a curve that are drawn."""
@@ -71,15 +71,16 @@ def sizes(search: Search, trials: Iterable[Trial]) -> list[str]:
 
 
 def bounds(search: Search) -> list[dict[str, Any]]:
-    """What must be kept, where the front can show it. Retention is a bound on accuracy, too: the teacher's is known."""
+    """What must be kept, where the front can show it. Retention is a bound on the headline, too, where the teacher's is known."""
     config, found = search.config, []
     for wish in config.constraints:
-        text, at = f"{LABELS[wish.metric]} {wished(wish)}", wish.bound
+        text, at, above = f"{LABELS[wish.metric]} {wished(wish)}", wish.bound, wish.at_least
         metric = wish.metric
-        if metric == "validation/retention" and config.quality == "validation/accuracy" and "validation/accuracy" in search.teacher:
-            metric, at = config.quality, wish.bound * search.teacher["validation/accuracy"]
+        if metric == "validation/retention" and config.quality == search.headline and search.headline in search.teacher and at > 0:
+            metric, teacher = config.quality, search.teacher[search.headline]
+            at, above = (at * teacher, above) if QUALITY[metric] == "max" else (teacher / at, not above)
         if metric in (config.quality, config.size):
-            found.append({"axis": "quality" if metric == config.quality else "size", "above": wish.at_least, "at": at, "label": text})
+            found.append({"axis": "quality" if metric == config.quality else "size", "above": above, "at": at, "label": text})
     return found
 
 
@@ -110,7 +111,7 @@ def curve(trial: Trial, metric: str) -> list[list[float]] | None:
 
 
 def _metric(name: str) -> dict[str, Any]:
-    kind = "percent" if name in PERCENT else "ms" if name.startswith("cost/latency") else "number"
+    kind = "percent" if name in SHARES else "ms" if name.startswith("cost/latency") else "number"
     kind = "bytes" if name == "cost/bytes" else "count" if name in COUNTS else kind
     return {
         "label": {"cost/bytes": "size", "cost/latency_ms_p50": "p50", "cost/latency_ms_p95": "p95"}.get(name, LABELS[name]),

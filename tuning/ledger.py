@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from cluster.logfile import Event, LogFile, read
 from distillation.errors import ConfigError, InputError
-from tuning.config import SearchConfig
+from tuning.config import SearchConfig, reported
 
 Role = Literal["trial", "baseline", "refit", "refit-baseline"]
 """baseline: the same student and budget as a trial, without the teacher. refit: a finalist at full budget, one seed of several."""
@@ -133,6 +133,11 @@ class Search:
     @property
     def config(self) -> SearchConfig:
         return SearchConfig.model_validate(self.job["search"])
+
+    @property
+    def headline(self) -> str:
+        """validation/... that retention is about: accuracy, f1, perplexity, as the task has it."""
+        return reported(self.job["task"]["type"])[0]
 
     def of_role(self, *roles: Role) -> list[Trial]:
         return [trial for trial in self.trials if trial.task.role in roles]

@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from distillation.errors import InputError
-from tuning.config import QUALITY, Constraint, SearchConfig
+from tuning.config import QUALITY, RATIOS, Constraint, SearchConfig
 from tuning.ledger import Search, Trial
 
 MARGIN = 0.1
@@ -325,12 +325,20 @@ def _by_metric(trials: Iterable[Trial]) -> dict[str, list[float]]:
 
 
 def _gain(config: SearchConfig, pairs: Sequence[tuple[Trial, Trial]]) -> dict[str, Any] | None:
-    """What distillation brought, seed by seed; more is better."""
+    found = gain(config.quality, [(a.metrics[config.quality], b.metrics[config.quality]) for a, b in pairs])
+    return {"metric": config.quality, **found} if found is not None else None
+
+
+def gain(metric: str, pairs: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
+    """What distillation brought to a quality, of pairs (with it, without it), one a seed: `interval` of the gains, and `p`, see `paired_p`.
+
+    More is better: a difference in the metric's own unit, with its sign; for those in RATIOS 1 - with / without.
+    """
     if not pairs:
         return None
-    ours, theirs = ([merit(config, trial.metrics) for trial in side] for side in zip(*pairs, strict=True))
-    found = interval([a - b for a, b in zip(ours, theirs, strict=True)])
-    return {"metric": config.quality, **found, "p": paired_p(ours, theirs)}
+    sign = 1 if QUALITY[metric] == "max" else -1
+    gains = [1 - ours / theirs if metric in RATIOS else sign * (ours - theirs) for ours, theirs in pairs]
+    return {**interval(gains), "p": paired_p(gains, [0.0] * len(gains))}
 
 
 # --------------------------------------------------------------------------------------------------------- for people

@@ -15,7 +15,7 @@ from tuning.ledger import Search
 from tuning.pareto import Decision
 from tuning.tables import failures, finalists, leaderboard, loss_shares
 from tuning.views import counts
-from tuning.wording import LABELS, Finding, counted, duration, many, misses, on_test_split, sentence_of, shown, wished
+from tuning.wording import LABELS, Finding, counted, duration, many, misses, of_teacher, on_test_split, sentence_of, shown, wished
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 NEAREST = 3
@@ -77,7 +77,8 @@ def _subject(search: Search) -> str:
     run = [trial for trial in search.of_role("trial") if trial.state != "refused"]
     over = f"{many(len(knobs(search)), 'knob')} and {many(len(sizes(search, run)), 'student size')}"
     trials = f"{many(len(run), 'trial')} of {search.config.trials}" if len(run) != search.config.trials else many(len(run), "trial")
-    teacher = search.job["teacher"]["model"]
+    job = search.job
+    teacher = (job["teacher"] or next(iter(job["teachers"].values())))["model"]
     return f"A search over {over}: {trials}, all on one pass of the teacher {teacher}. Trials are compared on the validation split."
 
 
@@ -90,7 +91,7 @@ def _verdict(search: Search, decision: Decision) -> str:
         lines = [_so_far(search), decision.why]
     else:
         finalist = next(one for one in choice["finalists"] if one["trial"] == choice["trial"])
-        big = _headline(finalist, test.get(choice["trial"]))
+        big = _headline(search, finalist, test.get(choice["trial"]))
         if wishes and not choice["kept"]:
             big = f"No student keeps {wishes}. Nearest: {big}"
         lines = [choice["reason"] + ".", *(sentence_of(test[number]) for number in test if number == choice["trial"])]
@@ -99,17 +100,15 @@ def _verdict(search: Search, decision: Decision) -> str:
     return f'<div class="{kind}"><strong>{escape(big)}</strong>{"".join(f"<p>{escape(line)}</p>" for line in lines)}{near}</div>'
 
 
-def _headline(finalist: Mapping[str, Any], test: Finding | None) -> str:
+def _headline(search: Search, finalist: Mapping[str, Any], test: Finding | None) -> str:
     """The student, what it keeps and what it costs."""
-    student, parameters = finalist["student"], counted(finalist["values"]["cost/parameters"])
-    if test is not None:
+    student, parameters, whole = finalist["student"], counted(finalist["values"]["cost/parameters"]), of_teacher(search.headline)
+    if test is not None and "retention" in test.quality:
         kept, ratios = shown("validation/retention", test.quality["retention"]["mean"]), test.evaluation["ratios"]
         pace = f", {ratios['speedup']:.1f}x faster" if ratios["speedup"] >= 1.05 else ""
-        return (
-            f"{student} keeps {kept} of the teacher's accuracy on the test split at {ratios['parameter_ratio']:.2f}x the parameters{pace}."
-        )
+        return f"{student} keeps {kept} of {whole} on the test split at {ratios['parameter_ratio']:.2f}x the parameters{pace}."
     if (retention := finalist["values"].get("validation/retention")) is not None:
-        return f"{student} keeps {shown('validation/retention', retention)} of the teacher's accuracy with {parameters} parameters."
+        return f"{student} keeps {shown('validation/retention', retention)} of {whole} with {parameters} parameters."
     return f"{student}, with {parameters} parameters."
 
 

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from tuning.config import reported
 from tuning.ledger import Search, Trial
 from tuning.pareto import Decision
 from tuning.views import columns, keeps, mark, ranked, seen
-from tuning.wording import LABELS, Finding, bounds, counted, gain_text, many, on_test_split, plain, shown
+from tuning.wording import LABELS, Finding, bounds, counted, gain_text, gained, many, on_test_split, plain, shown, unit_of_gain
 
 TOP = 50
 """Trials of the leaderboard that are not folded away."""
@@ -62,24 +63,30 @@ def finalists(search: Search) -> str:
         kind = "choice front" if one["trial"] == search.choice["trial"] else ""
         title = f'<tr class="group {kind}"><th colspan="6">{escape(one["name"])}</th></tr>'
         lines = [
-            _split(f"validation, {many(len(one['refits']), 'seed')}", one["quality"], one["baseline"], one["gain"], search.config.quality)
+            _split(
+                search,
+                f"validation, {many(len(one['refits']), 'seed')}",
+                one["quality"],
+                one["baseline"],
+                one["gain"],
+                search.config.quality,
+            )
         ]
         if (found := test.get(one["trial"])) is not None:
             ours, theirs = ({f"validation/{name}": value for name, value in side.items()} for side in (found.quality, found.baseline))
-            lines.append(
-                _split(f"test, {many(found.quality['accuracy']['count'], 'seed')}", ours, theirs, found.gain, "validation/accuracy")
-            )
+            seeds = many(ours[search.headline]["count"], "seed")
+            lines.append(_split(search, f"test, {seeds}", ours, theirs, found.gain, search.headline))
             if found.shipped:
-                lines.append(_exported(found.evaluation))
+                lines.append(_exported(search, found.evaluation))
         rows += [title, *lines]
         costs.append(_cost(one, found, kind))
-    head = ["", "accuracy", "retention", "agreement", "without distillation", "gain"]
+    head = ["", *(LABELS[name] for name in _shown_of(search)), "without distillation", "gain"]
     teacher = next((e for e in search.evaluations or () if e["role"] == "teacher"), None)
     costs += [_cost_of("teacher", teacher["cost"], {}, "minor")] if teacher else []
     note = (
         "Under a mean over seeds is its 95 % interval over seeds (Student's t), which says nothing of the rows of the split; that of the "
-        "exported model is over rows (Wilson; paired bootstrap). Without distillation: the same student, start and rows, labels only. p: paired "
-        "t-test over seeds."
+        f"exported model is over rows ({'Wilson; ' if search.headline == 'validation/accuracy' else ''}paired bootstrap). "
+        "Without distillation: the same student, start and rows, labels only. p: paired t-test over seeds."
     )
     conditions = f" Test split: {teacher['rows']:,} rows, {teacher['device']}, {teacher['precision']}." if teacher else ""
     cost = table(["", "parameters", "FLOPs", "p50 / p95 ms", "MB"], costs)
@@ -87,22 +94,33 @@ def finalists(search: Search) -> str:
     return f"<h2>Finalists, trained in full</h2>{table(head, rows)}{said}<h3>What they cost</h3>{cost}"
 
 
-def _split(title: str, quality: Mapping[str, Any], baseline: Mapping[str, Any], gain: Mapping[str, Any] | None, metric: str) -> str:
-    names = [f"validation/{name}" for name in ("accuracy", "retention", "agreement")]
+def _shown_of(search: Search) -> list[str]:
+    """The headline, what it keeps of the teacher's, and how alike the answers are."""
+    alike = next(name for name in ("validation/agreement", "validation/mse_to_teacher") if name in reported(search.job["task"]["type"]))
+    return [search.headline, "validation/retention", alike]
+
+
+def _split(
+    search: Search, title: str, quality: Mapping[str, Any], baseline: Mapping[str, Any], gain: Mapping[str, Any] | None, metric: str
+) -> str:
+    names = _shown_of(search)
     cells = [(shown(name, quality[name]["mean"]), bounds(name, quality[name])) if name in quality else ("", "") for name in names]
     cells += [(shown(metric, baseline[metric]["mean"]), bounds(metric, baseline[metric])) if metric in baseline else ("", "")]
     return _row(title, [*cells, gain_text(gain, metric) if gain else ("", "")])
 
 
-def _exported(e: Mapping[str, Any]) -> str:
+def _exported(search: Search, e: Mapping[str, Any]) -> str:
     """One evaluation, with its intervals over rows."""
-    found = {**e["quality"], **e["against"]}
+    found, metric = {f"validation/{name}": value for name, value in {**e["quality"], **e["against"]}.items()}, search.headline
     cells = [
-        (shown(f"validation/{name}", found[name]), f"{100 * found[f'{name}_low']:.1f} to {100 * found[f'{name}_high']:.1f}")
-        for name in ("accuracy", "retention")
+        (shown(name, found.get(name)), bounds(name, {end: found.get(f"{name}_{end}") for end in ("low", "high")}))
+        for name in _shown_of(search)
     ]
-    gain = (f"{found['gain']:+.1f} points", f"{found['gain_low']:+.1f} to {found['gain_high']:+.1f}") if "gain" in found else ("", "")
-    return _row("test, the exported model", [*cells, (shown("validation/agreement", found["agreement"]), ""), ("", ""), gain])
+    gain = ("", "")
+    if "gain" in e["against"]:
+        mean, *ends = (gained(e["against"][key], metric) for key in ("gain", "gain_low", "gain_high"))
+        gain = mean + unit_of_gain(metric), " to ".join(ends)
+    return _row("test, the exported model", [*cells, ("", ""), gain])
 
 
 def _row(title: str, cells: Iterable[tuple[str, str]]) -> str:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import ray.tune
@@ -26,7 +27,8 @@ from distillation.errors import DistilleryError
 from distillation.loop import LocalSession
 from distillation.rows import open_columns
 from distillation.storage import Storage
-from distillation.students import Probe, build_student
+from distillation.students import Probe
+from tuning.config import retention
 
 FLUSH_SECONDS = 10.0
 """How long points of a curve wait for the next evaluation before they are handed over alone."""
@@ -69,11 +71,14 @@ def cause_of(error: BaseException) -> str:
 
 
 class Reporter:
-    """Between a training and Tune: collects points, adds what follows from them, hands them over at evaluations."""
+    """Between a training and Tune: collects points, adds what follows from them, hands them over at evaluations.
+
+    work["teacher"]: metric, the headline of the task, and value, what the teacher has of it; None where that is not known.
+    """
 
     def __init__(self, work: Mapping[str, Any]) -> None:
         self._quality, self._sign = work["quality"], 1.0 if work["maximise"] else -1.0
-        self._teacher_accuracy = work["teacher_accuracy"]
+        self._teacher: Mapping[str, Any] = work["teacher"]
         self._population = work["fit"]["save_rungs"]
         self._points: list[tuple[int, dict[str, float]]] = []
         self._rows, self._score = 0, 0.0
@@ -81,8 +86,9 @@ class Reporter:
 
     def point(self, metrics: Mapping[str, float], step: int) -> None:
         metrics = dict(metrics)
-        if "validation/accuracy" in metrics and self._teacher_accuracy:
-            metrics["validation/retention"] = metrics["validation/accuracy"] / self._teacher_accuracy
+        headline = self._teacher["metric"]
+        if headline in metrics and (kept := retention(headline, metrics[headline], self._teacher["value"])) is not None:
+            metrics["validation/retention"] = kept
         self._points.append((step, metrics))
         if self._quality in metrics:
             self._rows, self._score = int(metrics["train/rows"]), self._sign * metrics[self._quality]
@@ -153,13 +159,16 @@ def measure(work: Mapping[str, Any]) -> dict[str, float]:
     storage, settings = Storage(config.storage), work["evaluation"]
     models.quiet()
     teacher = fit.model_folder(storage, config.teacher) if config.teacher else None
-    module: Any = build_student(config.student, teacher, config.labels, report_layers=(), dropout=None, seed=0)
-    model = (module.whole_model() if isinstance(module, Probe) else module.model).eval()
+    assert teacher is not None
+    model: Any = fit.untrained(config, storage)
+    model = (model.whole_model() if isinstance(model, Probe) else model).eval()
     device = torch.device(_device(work))
     _, columns = open_columns(storage, config.corpus, "corpus", "validation")
-    assert teacher is not None
     bf16 = models.use_bf16(settings["precision"], device)
-    (found,) = inference.costs(
-        [(model.to(device), teacher)], columns, settings["batch_tokens"], bf16, device, settings["threads"], settings["repeats"], 0
-    )
+    with tempfile.TemporaryDirectory(prefix="distillery-") as name:
+        folder = fit.as_read(config, storage, Path(name))  # ids in the student's own vocabulary
+        (found,) = inference.costs(
+            [(model.to(device), folder)], columns, config.task, config.labels, settings["batch_tokens"], bf16, device, settings["threads"],
+            settings["repeats"], 0,
+        )  # fmt: skip
     return {f"cost/{name}": found[name] for name in ("latency_ms_p50", "latency_ms_p95")}

@@ -95,7 +95,8 @@ def leaderboard_json(search: Search, decision: Decision) -> dict[str, Any]:
     trials = sorted(search.trials, key=lambda trial: (rank.get(trial.number, last), trial.task.role, trial.number))
     return {
         "name": search.name, "fingerprint": search.fingerprint, "started": search.started, "updated": search.updated, "ended": search.ended,
-        "objectives": search.config.objectives, "keep": search.config.keep, "teacher": search.teacher, "counts": counts(search),
+        "objectives": search.config.objectives, "keep": search.config.keep, "headline": search.headline, "teacher": search.teacher,
+        "counts": counts(search),
         "front": decision.front, "knee": decision.knee, "feasible": decision.feasible, "nearest": decision.nearest,
         "teacher_passes": search.passes, "teacher_rows_in_trainings": search.answered,
         "finalists": decision.finalists, "hypervolume": decision.hypervolume, "why": decision.why, "choice": search.choice,

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tuning.config import Constraint
+from tuning.config import QUALITY, RATIOS, SHARES, Constraint
 from tuning.ledger import Search, Trial
-from tuning.pareto import interval, missing, paired_p
+from tuning.pareto import gain, interval, missing
 
 LABELS = {
-    "validation/accuracy": "accuracy", "validation/nll": "NLL", "validation/agreement": "agreement",
-    "validation/kl_to_teacher": "KL to teacher", "validation/retention": "retention", "cost/parameters": "parameters",
-    "cost/bytes": "bytes", "cost/flops": "FLOPs", "cost/latency_ms_p50": "p50 ms", "cost/latency_ms_p95": "p95 ms",
+    "validation/accuracy": "accuracy", "validation/f1": "F1", "validation/exact_match": "exact match", "validation/perplexity": "perplexity",
+    "validation/bits_per_byte": "bits per byte", "validation/pearson": "Pearson r", "validation/mse": "MSE", "validation/mae": "MAE",
+    "validation/cosine": "cosine", "validation/nll": "NLL", "validation/agreement": "agreement",
+    "validation/kl_to_teacher": "KL to teacher", "validation/mse_to_teacher": "MSE to teacher", "validation/retention": "retention",
+    "cost/parameters": "parameters", "cost/bytes": "bytes", "cost/flops": "FLOPs", "cost/latency_ms_p50": "p50 ms",
+    "cost/latency_ms_p95": "p95 ms",
 }  # fmt: skip
 """What people call a metric, in the order of columns."""
 
-PERCENT = {"validation/accuracy", "validation/agreement", "validation/retention"}
 COUNTS = {"cost/parameters", "cost/bytes", "cost/flops"}
 
 
@@ -24,8 +26,10 @@ def shown(metric: str, value: float | None) -> str:
     """A value of a metric for people; empty where there is none."""
     if value is None:
         return ""
-    if metric in PERCENT:
+    if metric in SHARES:
         return f"{100 * value:.1f} %"
+    if metric == "validation/perplexity":
+        return f"{value:,.{2 if value < 100 else 1 if value < 1000 else 0}f}"
     if metric in COUNTS:
         return counted(value)
     return f"{value:.1f}" if metric.startswith("cost/latency") else plain(value)
@@ -93,12 +97,14 @@ class Finding(NamedTuple):
     trial: int
     name: str
     student: str
+    headline: str
+    """validation/... of the task, without that a key of the two below."""
     quality: dict[str, dict[str, Any]]
-    """accuracy, retention, agreement"""
+    """The headline; retention, agreement and mse_to_teacher where all have it."""
     baseline: dict[str, dict[str, Any]]
     """The same of the student without distillation; empty where there is none."""
     gain: dict[str, Any] | None
-    """In accuracy, seed by seed, with `p`."""
+    """In the headline, seed by seed, as `pareto.gain` gives it."""
     evaluation: dict[str, Any]
     """Of the refit that is shipped, or of the first one."""
     shipped: bool
@@ -107,6 +113,8 @@ class Finding(NamedTuple):
 def on_test_split(search: Search) -> list[Finding]:
     """What the test split says of the finalists. An evaluation carries the name that its training has in the ledger."""
     choice, by_name = search.choice, {one["name"]: one for one in search.evaluations or ()}
+    headline = search.headline
+    name = headline.removeprefix("validation/")
 
     def of(numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
         tasks = [search.trials[number].task for number in numbers]
@@ -116,39 +124,58 @@ def on_test_split(search: Search) -> list[Finding]:
     for one in choice["finalists"] if choice else ():
         ours, theirs = of(one["refits"]), of(one["baselines"])
         if choice and ours:
-            pairs = [(e["quality"]["accuracy"], theirs[seed]["quality"]["accuracy"]) for seed, e in ours.items() if seed in theirs]
-            gain = {**interval([a - b for a, b in pairs]), "p": paired_p(*zip(*pairs, strict=True))} if pairs else None
+            pairs = [(e["quality"][name], theirs[seed]["quality"][name]) for seed, e in ours.items() if seed in theirs]
             shipped = by_name.get(search.trials[choice["refit"]].task.name) if one["trial"] == choice["trial"] else None
-            quality, baseline = _over_seeds(ours.values()), _over_seeds(theirs.values())
+            quality, baseline = _over_seeds(ours.values(), name), _over_seeds(theirs.values(), name)
             evaluation = shipped or next(iter(ours.values()))
-            found.append(Finding(one["trial"], one["name"], one["student"], quality, baseline, gain, evaluation, shipped is not None))
+            found.append(
+                Finding(
+                    one["trial"], one["name"], one["student"], headline, quality, baseline, gain(headline, pairs), evaluation,
+                    shipped is not None,
+                )
+            )  # fmt: skip
     return found
 
 
-def _over_seeds(evaluations: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _over_seeds(evaluations: Iterable[Mapping[str, Any]], headline: str) -> dict[str, dict[str, Any]]:
     both = [{**one["quality"], **one["against"]} for one in evaluations]
-    return {name: interval([one[name] for one in both]) for name in ("accuracy", "retention", "agreement") if both}
+    names = (headline, "retention", "agreement", "mse_to_teacher")
+    return {name: interval([one[name] for one in both]) for name in names if both and all(name in one for one in both)}
 
 
 def sentence_of(one: Finding) -> str:
-    seeds = one.quality["accuracy"]["count"]
+    found = one.quality[one.headline.removeprefix("validation/")]
+    seeds = found["count"]
     text = f"On the test split, {f'mean of {seeds} seeds' if seeds > 1 else 'one seed'}: "
-    text += f"accuracy {spread('validation/accuracy', one.quality['accuracy'])}, "
-    text += f"{spread('validation/retention', one.quality['retention'])} of the teacher's; "
+    text += f"{LABELS[one.headline]} {spread(one.headline, found)}"
+    if "retention" in one.quality:
+        text += f", {spread('validation/retention', one.quality['retention'])} of the teacher's"
+        text += " quality" if QUALITY[one.headline] == "min" else ""
     if one.gain is None:
-        return f"{text}nothing was trained without distillation to compare it with."
-    gain, inside = gain_text(one.gain)
-    return f"{text}{gain}{f' ({inside})' if inside else ''} over the same student without distillation."
+        return f"{text}; nothing was trained without distillation to compare it with."
+    mean, inside = gain_text(one.gain, one.headline)
+    return f"{text}; {mean}{f' ({inside})' if inside else ''} over the same student without distillation."
+
+
+def of_teacher(headline: str) -> str:
+    """What retention is a share of. Of a perplexity a share would be a better one."""
+    return f"the teacher's {'quality in ' if QUALITY[headline] == 'min' else ''}{LABELS[headline]}"
 
 
 def gain_text(gain: Mapping[str, Any], metric: str = "validation/accuracy") -> tuple[str, str]:
-    """+1.3 points; +0.2 to +2.4, p 0.03. In the metric's own unit where it is no share."""
-    share = metric in PERCENT
-    mean, *ends = (
-        f"{100 * value:+.1f}" if share else f"{value:+.3f}" for value in (gain["mean"], gain["low"], gain["high"]) if value is not None
-    )
+    """+1.3 points; +0.2 to +2.4, p 0.03. As `pareto.gain` gives it: of shares in points, of perplexity in percent, else in its own unit."""
+    mean, *ends = (gained(100 * value, metric) for value in (gain["mean"], gain["low"], gain["high"]) if value is not None)
     inside = [" to ".join(ends), p_value(gain["p"])]
-    return mean + (" points" if share else ""), ", ".join(part for part in inside if part)
+    return mean + unit_of_gain(metric), ", ".join(part for part in inside if part)
+
+
+def gained(hundredths: float, metric: str) -> str:
+    """A gain as an evaluation has it, in hundredths of its unit: +1.3."""
+    return f"{hundredths:+.1f}" if metric in SHARES | RATIOS else f"{hundredths / 100:+.3f}"
+
+
+def unit_of_gain(metric: str) -> str:
+    return " points" if metric in SHARES else " %" if metric in RATIOS else ""
 
 
 def misses(search: Search, trial: Trial) -> list[str]:

@@ -15,9 +15,18 @@ import pytest
 import ray
 
 from cluster import corpus as corpora
-from cluster import shaping
-from cluster.config import FilesCorpus
-from distillation.config import TextClassification
+from cluster.config import DigitsCorpus, FilesCorpus, SourceCorpus, TextCorpus
+from distillation import encoding
+from distillation.config import (
+    CausalLM,
+    Embedding,
+    ImageClassification,
+    MaskedLM,
+    MultiLabel,
+    Regression,
+    TextClassification,
+    TokenClassification,
+)
 from distillation.errors import InputError
 from distillation.storage import Storage
 from distillation.store import Columns, open_artifact
@@ -69,8 +78,8 @@ def numbered(count):
     return [(spelled(i), "even" if i % 2 == 0 else "odd") for i in range(count)]
 
 
-def prepare(tokenizer, folder, *train, task=TASK, **settings):
-    config = FilesCorpus(type="files", train=train, **settings)
+def prepare(tokenizer, folder, *train, task=TASK, config=None, **settings):
+    config = config or FilesCorpus(type="files", train=train, **settings)
     fingerprint, made_from = corpora.corpus_fingerprint(config, task, tokenizer)
     storage = Storage(str(folder))
     said = []
@@ -110,11 +119,13 @@ def test_every_row_is_accounted_for(cluster, tokenizer, tmp_path):
     facts = {name: manifest.facts[name] for name in corpora.FACTS}
     assert facts == {
         "rows_read": 23, "empty": 3, "duplicates": 8, "conflicting": 2, "conflicting_dropped": 1, "unlabelled_dropped": 1,
-        "truncated": 0, "too_long": 0, "hidden": 0,
+        "truncated": 0, "too_long": 0, "hidden": 0, "nothing_scored": 0, "split": 0, "pieces": 0, "rests": 0,
     }  # fmt: skip
     assert manifest.facts["labels"] == ["x", "y"]
     assert manifest.facts["labelled"] == {"train": 4, "validation": 1, "test": 3}
     assert manifest.facts["unlabelled"] == {"train": 2, "validation": 0, "test": 0}
+    assert manifest.facts["scored"] == {"train": 6, "validation": 1, "test": 3}
+    assert manifest.facts["labelled_positions"] == {"train": 4, "validation": 1, "test": 3}
     assert manifest.facts["label_counts"] == {"train": {"x": 2, "y": 2}, "validation": {"x": 1}, "test": {"x": 1, "y": 2}}
     rows = rows_of(manifest, storage)
     assert {split: {row["text"]: row["label"] for row in found} for split, found in rows.items()} == {
@@ -144,15 +155,12 @@ def test_parts_are_what_the_store_promises(cluster, tokenizer, tmp_path):
     assert sum(manifest.tokens(split) for split in manifest.splits) == 10 * 3 + 90 * 4 + 200 * 5
     _, paths = open_artifact(storage, f"corpora/{manifest.fingerprint}", "corpus")
     columns = Columns([paths[record.name] for record in manifest.splits["train"]])
-    assert columns.schema == shaping.PART_SCHEMA
+    assert columns.schema == encoding.fields(TASK)
     assert columns.whole("length").tolist() == [row["length"] for row in everything["train"]]
     assert manifest.facts["columns"] == {
-        "id": "string",
-        "text": "string",
+        "id": "string", "text": "string", "length": "int32", "scored": "int32", "labelled": "int32", "input_ids": "list<item: int32>",
         "label": "int32",
-        "length": "int32",
-        "input_ids": "list<item: int32>",
-    }
+    }  # fmt: skip
 
 
 def test_bytes_depend_on_the_rows_alone(cluster, tokenizer, tmp_path, monkeypatch):
@@ -317,3 +325,160 @@ def test_unwrap_finds_our_error_behind_others():
     assert corpora.unwrap(wrapped) is ours
     assert corpora.unwrap(ours) is ours
     assert corpora.unwrap(ValueError("x")) is None
+
+
+# ------------------------------------------------------------------------------------------------------- every other task
+
+
+@pytest.fixture(scope="module")
+def masking(tokenizer, tmp_path_factory):
+    """The same tokenizer with a mask token, 14, and the second text of a pair told apart."""
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("masking")
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    made = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer / "tokenizer.json"), model_input_names=inputs, **special)
+    made.save_pretrained(folder)
+    return folder
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def accounted(manifest):
+    """Every row that was read is in the splits, or counted where it was dropped."""
+    facts = manifest.facts
+    assert facts["rows_read"] + facts["pieces"] == sum(facts[name] for name in corpora.DROPPED) + sum(map(manifest.rows, manifest.splits))
+    return facts
+
+
+def test_several_labels_of_pairs(cluster, masking, tmp_path):
+    rows = [{"text": spelled(i), "other": spelled(i + 1), "label": ["odd"] * (i % 2) + ["small"] * (i < 30)} for i in range(100)]
+    rows += [{"text": "one", "other": "nine", "label": None}, {"text": "one", "other": "", "label": []}]
+    task = MultiLabel(type="multi_label", pair="other")
+    manifest, storage = prepare(masking, tmp_path / "s", lines(tmp_path / "a.jsonl", rows), task=task, labelled=0.5)
+    facts, found = accounted(manifest), rows_of(manifest, storage)
+    assert (facts["labels"], facts["empty"]) == (["odd", "small"], 1)
+    every = {row["text"]: row for split in found.values() for row in split}
+    row = every["two one  ⏎  two two"]
+    assert (row["input_ids"], row["token_type_ids"]) == ([2, 6, 5, 3, 6, 6, 3], [0, 0, 0, 0, 1, 1, 1])
+    assert row["id"] == hashlib.sha256(b'["two one","two two"]').hexdigest()[:32]
+    for i in range(100):
+        row = every[f"{spelled(i)}  ⏎  {spelled(i + 1)}"]
+        assert row["labels"] == ([0] * (i % 2) + [1] * (i < 30) if row["labelled"] else [])
+    for split, some in found.items():
+        known = [row for row in some if row["labelled"]]
+        assert facts["labelled"][split] == facts["labelled_positions"][split] == len(known)
+        counts = {name: sum(i in row["labels"] for row in known) for i, name in enumerate(facts["labels"])}
+        assert facts["label_counts"][split] == {name: count for name, count in counts.items() if count}
+    # The row without a label is not hidden: it never had one.
+    assert 25 < facts["hidden"] == facts["unlabelled"]["train"] - ("one  ⏎  nine" in {row["text"] for row in found["train"]}) < 60
+
+
+def test_labels_of_words(cluster, tokenizer, tmp_path):
+    rows = [{"tokens": spelled(i).split(), "tags": ["odd" if int(d) % 2 else "even" for d in str(i)]} for i in range(100, 200)]
+    rows += [{"tokens": ["one", "two"], "tags": [None, "even"]}, {"tokens": ["one", "two"], "tags": ["odd", "even"]}]
+    task = TokenClassification(type="token_classification")
+    manifest, storage = prepare(tokenizer, tmp_path / "s", lines(tmp_path / "a.jsonl", rows), task=task)
+    facts, found = accounted(manifest), rows_of(manifest, storage)
+    assert (facts["labels"], facts["conflicting"]) == (["even", "odd"], 1)
+    row = next(row for split in found.values() for row in split if row["text"] == "one five two")
+    assert (row["input_ids"], row["places"], row["labels"]) == ([2, 5, 9, 6, 3], [1, 2, 3], [1, 1, 0])
+    for split in found:
+        assert facts["scored"][split] == sum(row["scored"] for row in found[split])
+        assert facts["labelled_positions"][split] == sum(facts["label_counts"][split].values())
+
+
+def test_a_text_of_several_parts(cluster, tokenizer, tmp_path):
+    (tmp_path / "long.txt").write_text("\n\n".join(" ".join([spelled(i)] * 40) for i in range(30)) + "\n\none\n\none")
+    config = TextCorpus(type="text", train=str(tmp_path / "long.txt"), documents="blank_line", part_rows=7, validation=0.3, test=0.3)
+    manifest, storage = prepare(tokenizer, tmp_path / "s", task=CausalLM(type="causal_lm", max_length=4), config=config)
+    facts, found = accounted(manifest), rows_of(manifest, storage)
+    assert facts["labels"] == []
+    assert (facts["rows_read"], facts["duplicates"], facts["split"], facts["rests"]) == (32, 1, 30, 0)
+    assert facts["unlabelled"] == {"train": 0, "validation": 0, "test": 0}
+    assert facts["label_counts"] == {"train": {}, "validation": {}, "test": {}}
+    for split, rows in found.items():
+        assert [row["id"] for row in rows] == sorted({row["id"] for row in rows})
+        assert facts["scored"][split] == facts["labelled_positions"][split] == sum(row["length"] - 1 for row in rows)
+        # A document is whole, in order, and in one split.
+        for start in {row["id"][:24] for row in rows}:
+            pieces = [row for row in rows if row["id"].startswith(start)]
+            assert [int(row["id"][24:], 16) for row in pieces] == list(range(len(pieces)))
+            tokens = [token for row in pieces for token in row["input_ids"]]
+            assert tokens[0] == 2
+            assert len({tuple(tokens[1 + i : 3 + i]) for i in range(0, len(tokens) - 4, 2)}) <= 2
+    assert manifest.rows("train") > 7 * 10, "a text of 80 words fills three parts"
+
+
+def test_hidden_words_of_real_text(cluster, masking, tmp_path):
+    folder = next((p for p in (ROOT.parent / "shared/data/wikitext2", ROOT / "shared/data/wikitext2") if p.is_dir()), None)
+    if folder is None:
+        pytest.skip("no WikiText on this machine")
+    task = MaskedLM(type="masked_lm", max_length=64)
+    config = TextCorpus(type="text", train=str(folder / "valid.txt"), test=str(folder / "test.txt"), documents="heading")
+    manifest, storage = prepare(masking, tmp_path / "s", task=task, config=config)
+    facts, found = accounted(manifest), rows_of(manifest, storage)
+    assert facts["rows_read"] == 122
+    assert sum(manifest.tokens(split) for split in manifest.splits) > 10_000
+    for rows in found.values():
+        for row in rows[:50]:
+            assert len(row["input_ids"]) == row["length"] <= 64
+            assert (row["input_ids"][0], row["input_ids"][-1]) == (2, 3)
+            assert row["scored"] == len(row["places"]) == len(row["labels"]) >= 1
+            assert min(row["labels"]) > 3, "neither special tokens nor unknown words"
+
+
+def test_digits_as_images(cluster, tmp_path):
+    task = ImageClassification(type="image_classification", size=8, channels=1)
+    manifest, storage = prepare(None, tmp_path, task=task, config=DigitsCorpus(type="digits"))
+    facts, found = accounted(manifest), rows_of(manifest, storage)
+    assert facts["labels"] == list("0123456789")
+    assert facts["tokenizer"] is None
+    assert sum(len(rows) for rows in found.values()) == 1797 - facts["duplicates"]
+    row = found["train"][0]
+    assert row["id"] == hashlib.sha256(bytes(row["pixels"])).hexdigest()[:32]
+    assert (row["text"], row["length"], row["scored"], row["labelled"], len(row["pixels"])) == ("", 1, 1, 1, 64)
+    assert manifest.tokens("train") == len(found["train"])
+
+
+def test_numbers_and_embeddings(cluster, tokenizer, tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [(spelled(i), i / 8) for i in range(100)] + [(spelled(i), None) for i in range(100, 150)])
+    manifest, storage = prepare(tokenizer, tmp_path / "s", path, task=Regression(type="regression"))
+    facts, found = accounted(manifest), rows_of(manifest, storage)
+    assert (facts["labels"], facts["label_counts"]["train"]) == ([], {})
+    assert facts["labelled"]["train"] + facts["unlabelled"]["train"] == len(found["train"])
+    assert facts["unlabelled_dropped"] > 0 == facts["unlabelled"]["validation"]
+    assert {row["text"]: row["label"] for split in found.values() for row in split if row["labelled"]} == {
+        spelled(i): i / 8 for i in range(100)
+    }
+    assert all((row["label"] != row["label"]) == (row["labelled"] == 0) for row in found["train"])
+    rows = [(spelled(i), "x" if i < 9 else None) for i in range(100)] + [("one", "y")]
+    kept, storage = prepare(tokenizer, tmp_path / "s", jsonl(tmp_path / "b.jsonl", rows), task=Embedding(type="embedding"))
+    facts, found = accounted(kept), rows_of(kept, storage)
+    assert (sum(map(kept.rows, kept.splits)), facts["labels"], facts["conflicting"]) == (100, ["x"], 1)
+    assert sum(row["label"] == 0 for split in found.values() for row in split) == 8
+
+
+def test_words_of_source_code(cluster, tokenizer, tmp_path):
+    config = SourceCorpus(type="source", packages=("json", "csv"), kind="tokens")
+    manifest, storage = prepare(tokenizer, tmp_path, task=TokenClassification(type="token_classification"), config=config)
+    facts = accounted(manifest)
+    assert {"KEYWORD", "NAME", "PARAMETER"} < set(facts["labels"])
+    assert facts["scored"]["train"] == facts["labelled_positions"]["train"] > 1000
+    rows_of(manifest, storage)
+
+
+def test_tokenizers_that_do_not_serve_are_refused_at_once(cluster, tokenizer, tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", numbered(5))
+    with pytest.raises(InputError, match=r"DST-3466.*no mask token: \S+tokenizer"):
+        prepare(tokenizer, tmp_path / "s", path, task=MaskedLM(type="masked_lm"))
+
+
+def test_fingerprint_of_images_has_no_tokenizer(tokenizer):
+    task = ImageClassification(type="image_classification", size=8, channels=1)
+    corpus = DigitsCorpus(type="digits")
+    assert corpora.corpus_fingerprint(corpus, task, None) == corpora.corpus_fingerprint(corpus, task, tokenizer)

@@ -19,12 +19,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cluster.config import ClusterConfig
-from cluster.teaching import answer_part, teach
+from cluster.teaching import teach
 from distillation import fit, models, store
-from distillation.config import Features, TargetsConfig
+from distillation.answers import answer_part, make_teacher
+from distillation.config import DenseLogits, Features, TargetsConfig
 from distillation.errors import InputError
+from distillation.network import output_head
 from distillation.rows import Rows
-from distillation.signals import Classifier, output_head
 from distillation.storage import Storage
 from distillation.store import Columns
 from distillation.tasks import build_task
@@ -34,7 +35,7 @@ from tests.tiny import LABELS, TASK, bert, model_folder
 ROOT = Path(__file__).resolve().parents[2]
 # Ray Data warns of its own old settings whenever it makes its context, also with the defaults.
 pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]
-FEATURES = TargetsConfig(features=Features(layers=(1, 3), pooled=True, dtype="float32"))
+FEATURES = TargetsConfig(logits=DenseLogits(), features=Features(layers=(1, 3), pooled=True, dtype="float32"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,7 +87,9 @@ def digests(storage, output):
 @pytest.fixture(scope="module")
 def undisturbed(storage):
     manifest = taught(storage, "targets/one")
-    assert manifest.facts == {"corpus": "c", "layers": [1, 3], "labels": list(LABELS), "rows_answered": 150}
+    assert manifest.facts == {
+        "corpus": "c", "targets": FEATURES.model_dump(mode="json"), "labels": list(LABELS), "rows_answered": 150
+    }  # fmt: skip
     found = digests(storage, "targets/one")
     assert len(found) == 24 + 6
     return found
@@ -103,7 +106,7 @@ def test_two_workers_leave_the_same_bytes_as_one(storage, undisturbed):
 def test_what_is_stored_is_what_the_teacher_says(storage, undisturbed):
     _, paths = store.open_artifact(storage, "corpora/c", "corpus")
     _, answers = store.open_artifact(storage, "targets/one", "targets")
-    model = models.load_classifier(fit.model_folder(storage, "teachers/t")).eval()
+    model = models.load(fit.model_folder(storage, "teachers/t"), TASK).eval()
     for name in list(answers)[:2] + list(answers)[-1:]:
         corpus, stored = Columns([paths[name]]), Columns([answers[name]])
         rows = np.arange(5)
@@ -126,11 +129,11 @@ DRIVER = """
 import sys, ray
 from cluster.config import ClusterConfig
 from cluster.teaching import teach
-from distillation.config import Features, TargetsConfig
+from distillation.config import DenseLogits, Features, TargetsConfig
 from tests.tiny import TASK
 
 ray.init(address="local", include_dashboard=False, num_cpus=2, object_store_memory=150 << 20, log_to_driver=False)
-targets = TargetsConfig(features=Features(layers=(1, 3), pooled=True, dtype="float32"))
+targets = TargetsConfig(logits=DenseLogits(), features=Features(layers=(1, 3), pooled=True, dtype="float32"))
 cluster = ClusterConfig(storage=sys.argv[1], workers=1, cpus_per_worker=1)
 teach(TASK, targets, "teachers/t", "corpora/big", "targets/cut", fingerprint="targets/cut", made_from={}, batch_tokens=128, precision="fp32",
       cluster=cluster, record=lambda *_: None, key="k")
@@ -165,7 +168,7 @@ def test_killed_in_the_middle_and_run_again_computes_what_is_missing(storage):
     )  # fmt: skip
     assert {name: times(storage, name) for name in before} == before
     assert [part.name for split in ("train", "validation") for part in manifest.splits[split]] == [f"{name}.arrow" for name in names]
-    model = Classifier(models.load_classifier(fit.model_folder(storage, "teachers/t")), layers=(1, 3), pooled=True)
+    model = models.load(fit.model_folder(storage, "teachers/t"), TASK)
     _, paths = store.open_artifact(storage, "corpora/big", "corpus")
     for name in names:
         table = answer(model, [paths[f"{name}.arrow"]], FEATURES)
@@ -178,7 +181,8 @@ def times(storage, name):
 
 
 def answer(model, paths, targets):
-    return answer_part(model, Rows(Columns(paths), None, build_task(TASK, 0)), targets, 128, False, torch.device("cpu"))
+    rows = Rows(Columns(paths), {}, build_task(TASK, 0))
+    return answer_part(make_teacher(model, TASK, targets), rows, targets, 128, False, torch.device("cpu"))[0]
 
 
 def test_a_teacher_with_a_broken_weight_is_refused_with_the_row(storage, tmp_path):
@@ -186,7 +190,7 @@ def test_a_teacher_with_a_broken_weight_is_refused_with_the_row(storage, tmp_pat
     tensors = load_file(folder / "model.safetensors")
     tensors["classifier.weight"][1, 3] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    fit.adopt(storage, folder, LABELS, "teachers/broken", "broken", {})
+    fit.adopt(storage, folder, TASK, LABELS, "teachers/broken", "broken", {})
     cluster = ClusterConfig(storage=storage.uri, workers=2, cpus_per_worker=1)
     with pytest.raises(InputError, match=r"DST-3301.*row [0-9a-f]{32}, logits.*inf or nan") as caught:
         teach(
@@ -202,10 +206,9 @@ def test_what_overflows_float16_is_refused_and_fits_float32(storage):
     model = bert()
     with torch.no_grad():
         output_head(model).weight.mul_(1e6)
-    loud = Classifier(model)
     with pytest.raises(InputError, match=r"DST-3301.*row [0-9a-f]{32}, logits: expected finite float16.*dtype of the targets to float32"):
-        answer(loud, paths, TargetsConfig())
-    table = answer(loud, paths, TargetsConfig(logits={"dtype": "float32"}))
+        answer(model, paths, TargetsConfig(logits=DenseLogits()))
+    table = answer(model, paths, TargetsConfig(logits=DenseLogits(dtype="float32")))
     logits = table["logits"].combine_chunks().flatten().to_numpy()
     assert pa.types.is_float32(table.schema.field("logits").type.value_type)
     assert np.isfinite(logits).all()

@@ -19,7 +19,7 @@ from cluster.session import unwrap
 from cluster.training import TrainSession, run_workers, train
 from distillation import fit, store
 from distillation.batches import plan_epoch
-from distillation.config import FitConfig, TargetsConfig, TrainingConfig
+from distillation.config import DenseLogits, FitConfig, TargetsConfig, TrainingConfig
 from distillation.errors import ClusterError, InputError
 from tests.tiny import rows_of, settings, world
 
@@ -46,7 +46,7 @@ def cluster(home):
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory):
-    return world(tmp_path_factory.mktemp("world"), labelled=0.5, config=TargetsConfig(logits={"dtype": "float32"}))
+    return world(tmp_path_factory.mktemp("world"), labelled=0.5, config=TargetsConfig(logits=DenseLogits(dtype="float32")))
 
 
 def plan(**changes):

@@ -7,13 +7,16 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from distillation.config import TextClassification
 from distillation.errors import InputError
-from distillation.evaluate import Candidate, Evaluation, against, confusion, disagreements, evaluate, quality, reliability
+from distillation.evaluate import Candidate, Evaluation, evaluate
 from distillation.inference import cost, predict, ratios
+from distillation.quality import against, confusion, disagreements, quality, reliability
 from distillation.storage import Storage
 from distillation.store import Columns, write_part
 
 LABELS = ("cat", "dog", "emu")
+TASK = TextClassification(max_length=64)
 
 
 def settings(**changes):
@@ -41,6 +44,8 @@ def rows(folder, lengths, labels=None):
                 "text": [f"text {i}" for i in part],
                 "label": pa.array([int(labels[i]) for i in part], pa.int32()),
                 "length": pa.array([lengths[i] for i in part], pa.int32()),
+                "scored": pa.array([1 for _ in part], pa.int32()),
+                "labelled": pa.array([int(labels[i] >= 0) for i in part], pa.int32()),
                 "input_ids": pa.array([rng.integers(1, 50, lengths[i]) for i in part], pa.list_(pa.int32())),
             }
         )
@@ -157,7 +162,7 @@ def test_a_teacher_that_is_never_right_is_refused():
 def test_predict_equals_one_row_at_a_time(tmp_path, batch_tokens):
     lengths = [int(n) for n in np.random.default_rng(0).integers(3, 40, 31)]
     folder, columns = save(tmp_path / "model"), rows(tmp_path, lengths)
-    found = predict(folder, columns, batch_tokens=batch_tokens, precision="fp32")
+    found = predict(folder, columns, TASK, LABELS, batch_tokens=batch_tokens, precision="fp32")
     model = BertForSequenceClassification.from_pretrained(folder).eval()
     for i, ids in enumerate(columns.ragged("input_ids", np.arange(31))):
         with torch.no_grad():
@@ -169,7 +174,7 @@ def test_predict_equals_one_row_at_a_time(tmp_path, batch_tokens):
 
 def test_bf16_is_close_to_fp32_and_not_the_same(tmp_path):
     folder, columns = save(tmp_path / "model"), rows(tmp_path, [5, 9, 3, 12])
-    exact, short = (predict(folder, columns, precision=precision) for precision in ("fp32", "bf16"))
+    exact, short = (predict(folder, columns, TASK, LABELS, precision=precision) for precision in ("fp32", "bf16"))
     assert 0 < np.abs(exact - short).max() < 0.1
 
 
@@ -179,13 +184,13 @@ def test_answers_that_are_not_finite_are_refused(tmp_path):
     torch.nn.init.constant_(model.classifier.bias, float("nan"))
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(InputError, match="not finite") as caught:
-        predict(tmp_path / "model", rows(tmp_path, [4, 4]))
+        predict(tmp_path / "model", rows(tmp_path, [4, 4]), TASK, LABELS)
     assert caught.value.code == "DST-3322"
 
 
 def test_a_model_without_padding_token_is_refused(tmp_path):
     with pytest.raises(InputError) as caught:
-        predict(save(tmp_path / "model", pad_token_id=None), rows(tmp_path, [4, 5]))
+        predict(save(tmp_path / "model", pad_token_id=None), rows(tmp_path, [4, 5]), TASK, LABELS)
     assert caught.value.code == "DST-3323"
 
 
@@ -195,7 +200,7 @@ def test_a_model_without_padding_token_is_refused(tmp_path):
 def test_cost_by_hand(tmp_path):
     folder, columns = save(tmp_path / "model"), rows(tmp_path, [30, 4, 10, 7, 40])
     threads = torch.get_num_threads()
-    found = cost(folder, columns, precision="fp32", threads=1, repeats=5)
+    found = cost(folder, columns, TASK, LABELS, precision="fp32", threads=1, repeats=5)
     h, i, c = 16, 32, 3
     layer = 4 * (h * h + h) + 2 * h + (h * i + i) + (i * h + h) + 2 * h
     assert found["parameters"] == (50 + 64 + 2) * h + 2 * h + 2 * layer + (h * h + h) + (h * c + c)
@@ -226,7 +231,7 @@ def test_teacher_baseline_and_student_go_through_the_same_code(tmp_path):
         Candidate("teacher", "teacher", teacher),
         Candidate("baseline", "small-baseline", teacher),
     ]
-    found = evaluate(models, columns, LABELS, precision="fp32", threads=1, repeats=3)
+    found = evaluate(models, columns, TASK, LABELS, precision="fp32", threads=1, repeats=3)
     small, big, baseline = found
     assert [e.name for e in found] == ["small", "teacher", "small-baseline"]
     assert big.quality == baseline.quality
@@ -245,13 +250,13 @@ def test_teacher_baseline_and_student_go_through_the_same_code(tmp_path):
 def test_outputs_are_matched_to_labels_by_name(tmp_path):
     columns = rows(tmp_path, [5, 6, 7, 8] * 5)
     folder = save(tmp_path / "model")
-    plain = evaluate([Candidate("teacher", "t", folder)], columns, LABELS, precision="fp32", repeats=1)[0]
-    answers = predict(folder, columns, precision="fp32").argmax(axis=1)
+    plain = evaluate([Candidate("teacher", "t", folder)], columns, TASK, LABELS, precision="fp32", repeats=1)[0]
+    answers = predict(folder, columns, TASK, LABELS, precision="fp32").argmax(axis=1)
     assert np.array(plain.confusion).sum(axis=0).tolist() == np.bincount(answers, minlength=3).tolist()
-    turned = evaluate([Candidate("teacher", "t", folder)], columns, ("emu", "cat", "dog"), precision="fp32", repeats=1)[0]
+    turned = evaluate([Candidate("teacher", "t", folder)], columns, TASK, ("emu", "cat", "dog"), precision="fp32", repeats=1)[0]
     assert np.array(turned.confusion).sum(axis=0).tolist() == np.bincount(answers, minlength=3)[[2, 0, 1]].tolist()
     with pytest.raises(InputError) as caught:
-        evaluate([Candidate("teacher", "t", folder)], columns, ("emu", "cat", "cow"))
+        evaluate([Candidate("teacher", "t", folder)], columns, TASK, ("emu", "cat", "cow"))
     assert caught.value.code == "DST-3205"
 
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from distillation import fit, models
+from distillation.config import CausalLM, Embedding, MaskedLM, MultiLabel, Regression, TokenClassification
 from distillation.errors import InputError, SecurityError
+from distillation.network import output_head
 from distillation.storage import Storage
 from distillation.students import Tensors
-from tests.tiny import LABELS, model_folder, tokenizer
+from tests.tiny import LABELS, TASK, model_folder, tokenizer
 
 
 def change_config(folder, **changes):
@@ -46,7 +48,7 @@ def test_weights_that_were_cut_off_are_named(tmp_path):
     folder = model_folder(tmp_path / "m")
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    for read in (models.load_classifier, Tensors):
+    for read in (lambda folder: models.load(folder, TASK), Tensors):
         with pytest.raises(InputError, match=r"DST-3206.*/m: .*incomplete"):
             read(folder)
 
@@ -55,7 +57,7 @@ def test_an_architecture_nobody_knows(tmp_path):
     folder = model_folder(tmp_path / "m")
     change_config(folder, model_type="nosuch")
     with pytest.raises(InputError, match=r"DST-3206.*nosuch"):
-        models.load_classifier(folder)
+        models.load(folder, TASK)
 
 
 def test_labels_that_are_numbers_are_places():
@@ -86,10 +88,10 @@ def test_code_and_pickles_are_refused_unless_switched_on(tmp_path):
 
 def test_pickled_weights_are_read_when_switched_on(tmp_path):
     folder = model_folder(tmp_path / "m")
-    weights = models.load_classifier(folder).state_dict()
+    weights = models.load(folder, TASK).state_dict()
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
-    model = models.load_classifier(models.locate(str(folder), pickled_weights=True), pickled=True)
+    model = models.load(models.locate(str(folder), pickled_weights=True), TASK, pickled=True)
     assert torch.equal(model.classifier.weight, weights["classifier.weight"])
 
 
@@ -123,11 +125,11 @@ def test_labels_are_matched_by_name():
 def test_an_adopted_teacher_speaks_in_the_order_of_the_corpus(tmp_path):
     source = model_folder(tmp_path / "m", labels=("c", "a", "b"))
     storage = Storage(str(tmp_path / "s"))
-    fit.adopt(storage, source, LABELS, "teachers/x", "x", {})
+    fit.adopt(storage, source, TASK, LABELS, "teachers/x", "x", {})
     ids = torch.tensor([[2, 5, 9, 3]])
     with torch.no_grad():
-        its = models.load_classifier(source).eval()(input_ids=ids).logits
-        adopted = models.load_classifier(fit.model_folder(storage, "teachers/x")).eval()
+        its = models.load(source, TASK).eval()(input_ids=ids).logits
+        adopted = models.load(fit.model_folder(storage, "teachers/x"), TASK).eval()
         mine = adopted(input_ids=ids).logits
     assert torch.equal(mine, its[:, [1, 2, 0]])
     assert adopted.config.id2label == {0: "a", 1: "b", 2: "c"}
@@ -139,3 +141,46 @@ def test_bf16_follows_the_setting():
     assert models.use_bf16("bf16", cpu)
     assert not models.use_bf16("fp32", cpu)
     assert models.use_bf16("auto", cpu) == bool(torch.cpu.get_capabilities().get("amx_bf16"))
+
+
+def test_layers_of_and_their_number_and_width():
+    from transformers import BertConfig, GPT2Config, LlamaConfig, ResNetConfig, ViTConfig
+
+    for kind, depth, width in (
+        (BertConfig, 12, 768),
+        (GPT2Config, 12, 768),
+        (LlamaConfig, 32, 4096),
+        (ViTConfig, 12, 768),
+        (ResNetConfig, 4, 2048),
+    ):
+        settings = kind().to_dict()
+        assert (models.depth_of(settings), models.width_of(settings)) == (depth, width)
+    assert [models.reads_last({"model_type": kind}) for kind in ("gpt2", "llama", "bert", "roberta", "distilbert", "vit")] == [
+        True, True, False, False, False, False
+    ]  # fmt: skip
+
+
+def test_labels_of_a_configuration_by_task():
+    from transformers import BertConfig
+
+    def told(task, labels):
+        config = BertConfig()
+        models.set_labels(config, task, labels)
+        return config.num_labels, config.problem_type, config.id2label[0]
+
+    assert told(TASK, LABELS) == (3, None, "a")
+    assert told(MultiLabel(type="multi_label"), LABELS) == (3, "multi_label_classification", "a")
+    assert told(Regression(type="regression"), ()) == (1, "regression", "LABEL_0")
+    assert told(CausalLM(type="causal_lm"), ()) == told(Embedding(type="embedding"), LABELS) == (2, None, "LABEL_0")
+
+
+def test_a_body_of_a_language_model_serves_every_task_with_a_head_of_its_own(tmp_path):
+    folder = model_folder(tmp_path / "m")
+    for task, labels, outputs in (
+        (MultiLabel(type="multi_label"), ("x", "y", "z", "w"), 4), (Regression(type="regression"), (), 1),
+        (TokenClassification(type="token_classification"), ("O", "B-X"), 2),
+    ):  # fmt: skip
+        assert output_head(models.load(folder, task, labels)).out_features == outputs
+    assert models.load(folder, Embedding(type="embedding"), ()).config.model_type == "bert"
+    with pytest.raises(InputError, match=r"DST-3207.*cls.predictions"):
+        models.load(folder, MaskedLM(type="masked_lm"))

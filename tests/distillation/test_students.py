@@ -4,13 +4,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distillation import fit, inference, models, store
-from distillation.config import Features, LayersStudent, PretrainedStudent, ProbeStudent, ScratchStudent, TargetsConfig, TrainingConfig
+from distillation import fit, models, store
+from distillation.config import (
+    CausalLM,
+    ConvolutionalStudent,
+    Features,
+    ImageClassification,
+    LayersStudent,
+    MaskedLM,
+    PatientKD,
+    PretrainedStudent,
+    ProbeStudent,
+    ScratchStudent,
+    TargetsConfig,
+    TrainingConfig,
+)
 from distillation.errors import ConfigError, InputError
 from distillation.loop import LocalSession
+from distillation.network import Network
 from distillation.rows import open_columns
-from distillation.students import Probe, build_student, chosen_layers, flops, label, outline, parameter_ratio, size_of
-from tests.tiny import LABELS, LOSSES, bert, model_folder, settings, world
+from distillation.students import Probe, build_student, chosen_layers, flops, label, outline, parameter_ratio, require_buildable, size_of
+from tests.tiny import LABELS, LOSSES, TASK, bert, model_folder, settings, world
 
 
 @pytest.fixture(scope="module")
@@ -18,13 +32,18 @@ def teacher(tmp_path_factory):
     return model_folder(tmp_path_factory.mktemp("teacher"))
 
 
-def build(config, teacher, layers=(), seed=0):
-    return build_student(config, teacher, LABELS, report_layers=layers, dropout=0.0, seed=seed).eval()
+def build(config, teacher, seed=0):
+    return build_student(config, teacher, TASK, LABELS, dropout=0.0, seed=seed).eval()
 
 
 def tokens():
     ids = torch.tensor([[2, 5, 9, 3], [2, 7, 3, 0]])
     return {"input_ids": ids, "attention_mask": (ids > 0).long()}
+
+
+def seen():
+    """Scored positions, tokens and lengths of `tokens`."""
+    return torch.tensor([0, 4]), torch.tensor([0, 1, 2, 3, 4, 5, 6]), torch.tensor([4, 3])
 
 
 @pytest.mark.parametrize(
@@ -53,13 +72,13 @@ def test_nothing_cut_is_the_teacher_exactly(teacher):
     student = build(LayersStudent(type="layers", layers=(0, 1, 2, 3)), teacher)
     with torch.no_grad():
         mine = student(**tokens()).logits
-        its = models.load_classifier(teacher).eval()(**tokens()).logits
+        its = models.load(teacher, TASK).eval()(**tokens()).logits
     assert torch.equal(mine, its)
 
 
 def test_cut_layers_are_those_of_the_teacher(teacher):
     weights = load_file(teacher / "model.safetensors")
-    model = build(LayersStudent(type="layers", layers=(1, 3)), teacher).model
+    model = build(LayersStudent(type="layers", layers=(1, 3)), teacher)
     assert model.config.num_hidden_layers == 2
     for place, layer in enumerate((1, 3)):
         name = "attention.self.query.weight"
@@ -68,37 +87,40 @@ def test_cut_layers_are_those_of_the_teacher(teacher):
 
 
 def test_reported_layers_are_the_first_token_of_the_layers_output(teacher):
-    student = build(LayersStudent(type="layers", layers=(0, 2, 3)), teacher, layers=(0, 2))
-    student.pooled = True
+    student = Network(build(LayersStudent(type="layers", layers=(0, 2, 3)), teacher), TASK, layers=(0, 2), pooled=True)
     with torch.no_grad():
-        outputs = student(**tokens())
+        outputs = student(tokens(), *seen())
         whole = student.model(**tokens(), output_hidden_states=True).hidden_states
     assert outputs.hidden.shape == (2, 2, 16)
     assert torch.equal(outputs.hidden[:, 0], whole[1][:, 0])
     assert torch.equal(outputs.hidden[:, 1], whole[3][:, 0])
     assert torch.allclose(student.model.classifier(outputs.pooled), outputs.logits)
-    with pytest.raises(ConfigError, match=r"DST-2012.*layers 0 to 2 but found 3"):
-        build(LayersStudent(type="layers", layers=(0, 2, 3)), teacher, layers=(3,))
+
+
+def test_a_loss_on_a_layer_that_the_student_has_not(storage):
+    config = settings(storage, "deep", losses={"inner": PatientKD(type="pkd", layers={2: 1})})
+    with pytest.raises(ConfigError, match=r"DST-2012.*layers 0 to 1 but found 2"):
+        fit.train(config, LocalSession(), {})
 
 
 def test_scratch_has_its_own_sizes_and_follows_the_seed(teacher):
     config = ScratchStudent(type="scratch", layers=1, hidden_size=8, heads=2, intermediate_size=12)
     one, again, other = build(config, teacher), build(config, teacher), build(config, teacher, seed=1)
-    settings = one.model.config
-    assert (settings.num_hidden_layers, settings.hidden_size, settings.intermediate_size) == (1, 8, 12)
-    assert settings.id2label == dict(enumerate(LABELS))
+    config = one.config
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size) == (1, 8, 12)
+    assert config.id2label == dict(enumerate(LABELS))
     weight = "bert.encoder.layer.0.output.dense.weight"
-    assert torch.equal(one.model.state_dict()[weight], again.model.state_dict()[weight])
-    assert not torch.equal(one.model.state_dict()[weight], other.model.state_dict()[weight])
+    assert torch.equal(one.state_dict()[weight], again.state_dict()[weight])
+    assert not torch.equal(one.state_dict()[weight], other.state_dict()[weight])
 
 
 def test_pretrained_gets_a_head_of_the_right_size(tmp_path, teacher):
     folder = tmp_path / "body"
     bert(layers=2, labels=("x", "y", "z", "w")).save_pretrained(folder)
     student = build(PretrainedStudent(type="pretrained", model=str(folder)), teacher)
-    assert student.model.classifier.out_features == 3
+    assert student.classifier.out_features == 3
     body = load_file(folder / "model.safetensors")
-    assert torch.equal(student.model.bert.pooler.dense.weight, body["bert.pooler.dense.weight"])
+    assert torch.equal(student.bert.pooler.dense.weight, body["bert.pooler.dense.weight"])
 
 
 def test_probe_is_one_linear_layer_and_exports_as_the_teacher_with_this_head(teacher):
@@ -106,16 +128,16 @@ def test_probe_is_one_linear_layer_and_exports_as_the_teacher_with_this_head(tea
     assert isinstance(probe, Probe)
     assert sum(p.numel() for p in probe.parameters()) == 16 * 3 + 3
     pooled = torch.randn(2, 16)
-    assert torch.allclose(probe(None, None, pooled).logits, pooled @ probe.head.weight.T + probe.head.bias)
+    assert torch.allclose(probe({}, *seen(), pooled).logits, pooled @ probe.head.weight.T + probe.head.bias)
     whole = probe.whole_model()
     assert torch.equal(whole.classifier.weight, probe.head.weight)
     assert torch.equal(whole.bert.pooler.dense.weight, load_file(teacher / "model.safetensors")["bert.pooler.dense.weight"])
 
 
 def test_dropout_is_set_everywhere(teacher):
-    model = build_student(LayersStudent(type="layers", layers=(0,)), teacher, LABELS, report_layers=(), dropout=0.0, seed=0)
+    model = build_student(LayersStudent(type="layers", layers=(0,)), teacher, TASK, LABELS, dropout=0.0, seed=0)
     assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
-    kept = build_student(LayersStudent(type="layers", layers=(0,)), teacher, LABELS, report_layers=(), dropout=None, seed=0)
+    kept = build_student(LayersStudent(type="layers", layers=(0,)), teacher, TASK, LABELS, dropout=None, seed=0)
     assert {m.p for m in kept.modules() if isinstance(m, torch.nn.Dropout)} == {0.1}
 
 
@@ -130,7 +152,7 @@ def test_a_teacher_without_a_tensor_is_named(tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["bert.encoder.layer.2.output.dense.weight"]
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    for broken in (lambda: models.load_classifier(folder), lambda: build(LayersStudent(type="layers", layers=(2,)), folder)):
+    for broken in (lambda: models.load(folder, TASK), lambda: build(LayersStudent(type="layers", layers=(2,)), folder)):
         with pytest.raises(InputError, match=r"DST-3207.*layer.2.output.dense.weight"):
             broken()
 
@@ -144,7 +166,7 @@ SIZES = {
 
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory):
-    return world(tmp_path_factory.mktemp("world"), config=TargetsConfig(features=Features(pooled=True)))
+    return world(tmp_path_factory.mktemp("world"), config=TargetsConfig(features=Features(pooled=True, layers=(1,))))
 
 
 @pytest.mark.parametrize("name", [*SIZES, "own"])
@@ -153,15 +175,17 @@ def test_a_size_known_beforehand_is_that_of_the_trained_student(storage, tmp_pat
     config = SIZES.get(name) or PretrainedStudent(type="pretrained", model=str(own))
     # What the teacher started from: its head is for other labels.
     start = model_folder(tmp_path / "start", labels=("x", "y", "z", "w", "v"))
+    from distillation import inference
+
     training = TrainingConfig(steps=1, batch_tokens=256, precision="fp32")
     losses = {"soft": LOSSES["soft"]}
     fit.train(settings(storage, name, student=config, training=training, losses=losses), LocalSession(), {})
     manifest = store.find(storage, f"students/{name}")
     folder = fit.model_folder(storage, f"students/{name}")
     _, columns = open_columns(storage, "corpora/c", "corpus", "validation")
-    cost = inference.cost(folder, columns, repeats=1)
+    cost = inference.cost(folder, columns, TASK, LABELS, repeats=1)
     lengths = sorted(columns.whole("length").tolist())
-    found = size_of(config, start, LABELS, lengths[len(lengths) // 2])
+    found = size_of(config, start, TASK, LABELS, lengths[len(lengths) // 2])
     assert found["parameters"] == manifest.facts["parameters"] == cost["parameters"]
     assert found["flops"] == cost["flops"]
     assert found["bytes"] == sum(4 * tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
@@ -170,15 +194,15 @@ def test_a_size_known_beforehand_is_that_of_the_trained_student(storage, tmp_pat
 def test_flops_by_hand(teacher):
     # One layer on 5 tokens: 4 squares of attention and 2 x 12 of feed forward, on 8 wide; scores and values; pooler and head on one token.
     by_hand = 2 * (5 * (4 * 8 * 8 + 2 * 8 * 12) + 2 * 5 * 5 * 8 + 8 * 8 + 8 * 3)
-    assert size_of(SIZES["L1H8"], teacher, LABELS, 5)["flops"] == by_hand
+    assert size_of(SIZES["L1H8"], teacher, TASK, LABELS, 5)["flops"] == by_hand
 
 
 def test_bytes_are_those_of_an_export_within_a_percent(tmp_path):
     start = model_folder(tmp_path / "start", layers=2)
     config = ScratchStudent(type="scratch", layers=3, hidden_size=128, heads=4, intermediate_size=512)
-    build(config, start).model.save_pretrained(tmp_path / "export")
+    build(config, start).save_pretrained(tmp_path / "export")
     written = (tmp_path / "export/model.safetensors").stat().st_size
-    assert size_of(config, start, LABELS, 4)["bytes"] == pytest.approx(written, rel=0.01)
+    assert size_of(config, start, TASK, LABELS, 4)["bytes"] == pytest.approx(written, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -209,8 +233,8 @@ def test_sizes_of_other_architectures(tmp_path, kind, sizes):
     ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3}
     made = CONFIG_MAPPING[kind](vocab_size=40, num_labels=7, **ids, **sizes)
     AutoModelForSequenceClassification.from_config(made).save_pretrained(tmp_path)
-    model = models.load_classifier(tmp_path, LABELS).eval()
-    found = size_of(PretrainedStudent(type="pretrained", model=str(tmp_path)), tmp_path, LABELS, 6)
+    model = models.load(tmp_path, TASK, LABELS).eval()
+    found = size_of(PretrainedStudent(type="pretrained", model=str(tmp_path)), tmp_path, TASK, LABELS, 6)
     ids = torch.tensor([[2, 5, 9, 7, 8, 3]])
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
     assert found["bytes"] == 4 * found["parameters"]
@@ -224,20 +248,20 @@ def test_an_architecture_that_does_not_take_the_sizes_is_an_error_of_ours(tmp_pa
     DebertaV2ForSequenceClassification(DebertaV2Config(**sizes, pooler_hidden_size=16)).save_pretrained(tmp_path)
     smaller = ScratchStudent(type="scratch", layers=1, hidden_size=8, heads=2, intermediate_size=16)
     with pytest.raises(InputError, match=r"DST-3210.*architecture cannot be built at these sizes.*Use other sizes"):
-        size_of(smaller, tmp_path, LABELS, 6)
+        size_of(smaller, tmp_path, TASK, LABELS, 6)
 
 
 def test_an_outline_reads_no_tensor_and_refuses_what_cannot_be_built(teacher, tmp_path):
     from safetensors.torch import save_file
 
-    network = outline(SIZES["L2"], teacher, ("x", "y"))
+    network = outline(SIZES["L2"], teacher, TASK, ("x", "y"))
     assert {p.device.type for p in network.parameters()} == {"meta"}
     assert network.classifier.out_features == 2
     folder = model_folder(tmp_path / "empty")
     save_file({}, folder / "model.safetensors", metadata={"format": "pt"})
-    assert size_of(ProbeStudent(type="probe"), folder, LABELS, 8) == size_of(ProbeStudent(type="probe"), teacher, LABELS, 8)
+    assert size_of(ProbeStudent(type="probe"), folder, TASK, LABELS, 8) == size_of(ProbeStudent(type="probe"), teacher, TASK, LABELS, 8)
     with pytest.raises(ConfigError, match="DST-2011"):
-        outline(LayersStudent(type="layers", count=5), teacher, LABELS)
+        outline(LayersStudent(type="layers", count=5), teacher, TASK, LABELS)
 
 
 def test_labels_of_sizes():
@@ -252,3 +276,73 @@ def test_labels_of_sizes():
     assert pretrained("package:weights/inner/mini lm/") == "mini-lm"
     assert pretrained("s3://bucket/") == "bucket"
     assert pretrained("~/\u00e4\u00f6") == "pretrained"
+
+
+# ---------------------------------------------------------------------------------------------------- of models for other tasks
+
+
+def test_a_language_model_is_cut_with_its_embedding_tied_to_its_head(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32, "initializer_range": 0.3}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
+    task = CausalLM(type="causal_lm", max_length=16)
+    whole = models.load(tmp_path, task).eval()
+    same = build_student(LayersStudent(type="layers", count=3), tmp_path, task, (), dropout=0.0, seed=0).eval()
+    cut = build_student(LayersStudent(type="layers", layers=(0, 2)), tmp_path, task, (), dropout=0.0, seed=0).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        assert torch.equal(same(input_ids=ids).logits, whole(input_ids=ids).logits)
+    assert cut.lm_head.weight is cut.transformer.wte.weight
+    assert torch.equal(cut.transformer.h[1].mlp.c_fc.weight, whole.transformer.h[2].mlp.c_fc.weight)
+    config = ScratchStudent(type="scratch", layers=1, hidden_size=8, heads=2, intermediate_size=12)
+    new = build_student(config, tmp_path, task, (), dropout=0.0, seed=0)
+    assert (new.config.n_embd, new.config.n_layer, new.config.n_inner, new.config.vocab_size) == (8, 1, 12, 40)
+    # Of a layer: 4 squares of attention and 2 x 12 of feed forward, on 8 wide; scores and values; the head over 40 words.
+    found = size_of(config, tmp_path, task, (), 5)
+    assert found["flops"] == 2 * (5 * (4 * 8 * 8 + 2 * 8 * 12 + 8 * 40) + 2 * 5 * 5 * 8)
+    assert found["parameters"] == sum(p.numel() for p in new.parameters())
+    assert found["bytes"] == 4 * found["parameters"]  # the tied head is written once
+
+
+def test_attention_and_its_heads_of_a_llama_from_scratch(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=32)).save_pretrained(tmp_path)
+    task = CausalLM(type="causal_lm", max_length=16)
+    config = ScratchStudent(type="scratch", layers=1, hidden_size=24, heads=3, intermediate_size=12)
+    new = build_student(config, tmp_path, task, (), dropout=0.0, seed=0, attention="eager")
+    assert (new.config.num_key_value_heads, new.config.head_dim, new.config._attn_implementation) == (3, 8, "eager")
+    assert new(input_ids=torch.tensor([[5, 6]])).logits.shape == (1, 2, 40)
+
+
+def test_a_masked_language_model_is_cut(tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    BertForMaskedLM(BertConfig(**sizes)).save_pretrained(tmp_path)
+    task = MaskedLM(type="masked_lm", max_length=16)
+    cut = build_student(LayersStudent(type="layers", layers=(2,)), tmp_path, task, (), dropout=0.0, seed=0)
+    whole = models.load(tmp_path, task)
+    assert torch.equal(cut.bert.encoder.layer[0].output.dense.weight, whole.bert.encoder.layer[2].output.dense.weight)
+    assert torch.equal(cut.cls.predictions.decoder.weight, whole.bert.embeddings.word_embeddings.weight)
+    assert torch.equal(cut.cls.predictions.bias, whole.cls.predictions.bias)
+
+
+def test_a_convolutional_student_has_stages_of_its_own(tmp_path):
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    made = ResNetConfig(num_channels=3, embedding_size=8, hidden_sizes=[8, 16], depths=[2, 2], layer_type="basic", num_labels=3)
+    ResNetForImageClassification(made).save_pretrained(tmp_path)
+    task, config = ImageClassification(type="image_classification", size=16), ConvolutionalStudent(
+        type="convolutional", depths=(1, 1, 1), hidden_sizes=(4, 8, 12)
+    )  # fmt: skip
+    require_buildable(config, tmp_path, task)
+    student = build_student(config, tmp_path, task, LABELS, dropout=0.0, seed=0)
+    assert [len(stage.layers) for stage in student.resnet.encoder.stages] == [1, 1, 1]
+    assert student(pixel_values=torch.zeros(2, 3, 16, 16)).logits.shape == (2, 3)
+    assert size_of(config, tmp_path, task, LABELS, 1)["parameters"] == sum(p.numel() for p in student.parameters())
+    assert label(config, 2) == "D3W12"
+    assert outline(config, tmp_path, task, LABELS).classifier[1].in_features == 12

@@ -50,7 +50,8 @@ def job_file(folder, model, **changes):
     with open(folder / "rows.csv", "w", newline="") as file:
         csv.writer(file).writerows([("text", "label"), *texts(150)])
     job = {
-        "name": "tiny", "task": {"max_length": 32}, "corpus": {"type": "files", "train": "rows.csv", "validation": 0.2, "test": 0.2},
+        "name": "tiny", "task": {"type": "text_classification", "max_length": 32},
+        "corpus": {"type": "files", "train": "rows.csv", "validation": 0.2, "test": 0.2},
         "teacher": {"model": str(model), "training": {"epochs": 1, "batch_tokens": 512}},
         "student": {"type": "layers", "layers": [0]}, "losses": {"soft": {"type": "forward_kl"}},
         "training": {"epochs": 1, "batch_tokens": 512}, "cluster": {"storage": "out"}, **changes,
@@ -107,7 +108,7 @@ def test_recipes_are_listed_and_copied_but_never_over_a_file(distill, tmp_path):
     refused(distill("recipes", "cp", "quickstart", "."), 2, "2007")
     assert (tmp_path / "quickstart.yaml").read_text() == "mine"
     refused(distill("recipes", "cp", "quickstart", "no/such/folder.yaml"), 2, "2009", "No such file or directory")
-    refused(distill("recipes", "cp", "nothing"), 2, "2001", "quickstart, sst2_bert")
+    refused(distill("recipes", "cp", "nothing"), 2, "2001", "quickstart, resnet_digits, sst2_bert")
 
 
 def test_schema_describes_the_recipes(distill):

@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from distillation.config import LossConfig, StudentConfig
+from distillation.config import LossConfig, StudentConfig, TaskConfig
 from distillation.errors import ConfigError, SecurityError
+from distillation.tasks import TASKS
 from jobs import config
 from jobs.config import Name, dump, load, parse, recipes
 
@@ -86,23 +87,94 @@ def test_defaults_and_what_follows_from_them():
 
 def test_every_type_of_loss_and_student_can_be_written():
     """The table that a new variant has to be added to: one line a type, with the settings it cannot do without."""
-    losses = {name: {} for name in ("cross_entropy", "forward_kl", "reverse_kl", "jsd", "l2_distil", "logit_mse")}
-    losses["pkd"] = {"layers": {0: 3}}
+    plain = ("cross_entropy forward_kl reverse_kl jsd skewed_kl skewed_reverse_kl adaptive_kl total_variation universal_logit l2_distil "
+             "logit_mse standardised_kl decoupled_kd dist hidden_mse cosine relation_kl rkd_distance rkd_angle similarity_preserving "
+             "similarity_kl contrastive binary_cross_entropy label_mse teacher_mse binary_kl")  # fmt: skip
+    losses = {name: {} for name in plain.split()} | {"pkd": {"layers": {0: 3}}, "attention_kl": {"layers": {0: 3}}}
     students = {
         "layers": {"count": 2},
         "scratch": {"layers": 1, "hidden_size": 8, "heads": 2, "intermediate_size": 16},
+        "convolutional": {"depths": [1, 2], "hidden_sizes": [8, 16]},
         "pretrained": {"model": "m"},
         "probe": {},
     }
-    for union, listed in ((LossConfig, losses), (StudentConfig, students)):
+    for union, listed in ((LossConfig, losses), (StudentConfig, students), (TaskConfig, TASKS)):
         assert set(TypeAdapter(union).json_schema()["discriminator"]["mapping"]) == set(listed)
-    teacher = {"model": "m", "targets": {"features": {"layers": [3], "pooled": True}}}
+    own = {"binary_cross_entropy": "multi_label", "binary_kl": "multi_label", "label_mse": "regression", "teacher_mse": "regression"}
+    teacher = {"model": "m", "targets": {"features": {"layers": [3], "pooled": True, "relations": 3}}}
     for name, rest in losses.items():
-        job = parse(text(teacher=teacher, losses={"one": {"type": name, **rest}}), (), "x")
+        its = {"model": "m", "live": True} if name == "attention_kl" else teacher
+        task = {"type": own.get(name, "text_classification"), "max_length": 64}
+        job = parse(text(task=task, teacher=its, losses={"one": {"type": name, **rest}}), (), "x")
         assert parse(dump(job), (), "dump") == job
     for name, rest in students.items():
-        job = parse(text(teacher=teacher, student={"type": name, **rest}), (), "x")
+        images = {"task": {"type": "image_classification"}} if name == "convolutional" else {}
+        its = {"model": "m", "targets": {"features": {"layers": [3], "pooled": True}}} if images else teacher
+        job = parse(text(teacher=its, student={"type": name, **rest}, **images), (), "x")
         assert parse(dump(job), (), "dump") == job
+    for name in TASKS:
+        loss = {"embedding": "cosine", "multi_label": "binary_kl", "regression": "teacher_mse"}.get(name, "forward_kl")
+        temperature = {"temperature": 1.0} if loss == "forward_kl" else {}
+        task = {"type": name} if name == "image_classification" else {"type": name, "max_length": 64}
+        its = {"model": "m", "targets": {"features": {"pooled": True}}}
+        job = parse(text(teacher=its, task=task, baseline=name != "embedding", losses={"one": {"type": loss, **temperature}}), (), "x")
+        assert parse(dump(job), (), "dump") == job
+
+
+def test_losses_go_with_their_task_and_targets():
+    def told(message, **changes):
+        refused(text(**changes), message)
+
+    lm, many = {"type": "causal_lm", "max_length": 64}, {"type": "multi_label"}
+    told(r"losses\.soft: forward_kl is no loss of multi_label; it has .*binary_kl", task=many)
+    told(r"losses\.soft: dist is no loss of causal_lm", task=lm, losses={"soft": {"type": "dist"}})
+    told(
+        r"losses\.soft: rkd_angle is no loss of token_classification",
+        task={"type": "token_classification"},
+        losses={"soft": {"type": "rkd_angle"}},
+    )
+    told(r"losses\.soft\.temperature is 2, but the teacher's sampled targets are exact at 1 only; add it to .*temperature", task=lm)
+    ramp = {"type": "forward_kl", "temperature": {"start": 4, "end": 1}}
+    told(r"losses\.soft\.temperature is a ramp", task=lm, losses={"soft": ramp})
+    told(r"losses\.soft\.temperature: .*|temperature must not go below", losses={"soft": {**ramp, "temperature": {"start": 1, "end": 0}}})
+    topk = {"model": "m", "targets": {"logits": {"type": "topk", "temperatures": [1, 2]}}}
+    assert parse(text(task=lm, teacher=topk), (), "x").targets("teacher").logits.stored_temperatures == (2.0,)
+    told(r"losses\.soft: logit_mse needs logits of the teacher; set teacher\.targets\.logits to \{type: dense\}", task=lm,
+         losses={"soft": {"type": "logit_mse"}})  # fmt: skip
+    drawn = {"model": "m", "targets": {"logits": {"type": "sampled", "temperature": 2}}}
+    parse(text(task=lm, teacher=drawn), (), "x")
+    told(r"losses\.soft: reverse_kl needs distribution of the teacher", task=lm, teacher=drawn, losses={"soft": {"type": "reverse_kl"}})
+    told(r"teacher\.targets\.logits: topk needs one label out of several", task=many, teacher=topk, losses={"soft": {"type": "binary_kl"}})
+    told(
+        r"losses\.a: attention_kl needs attentions of the teacher; set teacher\.live",
+        losses={"a": {"type": "attention_kl", "layers": {0: 0}}},
+    )
+    told(r"losses\.a: relation_kl looks at whole rows; set task\.pack: false", task=lm, losses={"a": {"type": "relation_kl"}})
+    told(r"baseline: embedding has no labels", task={"type": "embedding"}, losses={"c": {"type": "cosine"}})
+    told(r"corpus\.labelled: every text of causal_lm is its own label", task=lm, corpus={**GOOD["corpus"], "labelled": 0.5})
+    told(r"a convolutional student reads images", student={"type": "convolutional", "depths": [1], "hidden_sizes": [8]})
+    told(r"a probe answers once a row; causal_lm does not", task=lm, student={"type": "probe"})
+
+
+def test_terms_say_which_of_several_teachers():
+    both = {"one": {"model": "a"}, "two": {"model": "b"}}
+    mean = {"type": "forward_kl", "teacher": {"one": 0.25, "two": 0.75}}
+    job = parse(text(teacher=None, teachers=both, losses={"x": mean, "y": {"type": "reverse_kl", "teacher": "two"}}), (), "x")
+    assert job.asked_teachers == ["one", "two"]
+    assert job.lead == job.all_teachers["one"]
+    refused(text(teachers=both), "set one of teacher and teachers")
+    refused(text(teacher=None, teachers=both), r"losses\.soft\.teacher: say which of one, two")
+    refused(
+        text(teacher=None, teachers=both, losses={"x": {**mean, "teacher": "three"}}),
+        r"losses\.x: there is no teacher three; there are one, two",
+    )
+    refused(
+        text(teacher=None, teachers=both, losses={"x": {**mean, "teacher": {"one": 0.5, "two": 0.6}}}), r"must be above 0 and add up to 1"
+    )
+    topk = {name: {**one, "targets": {"logits": {"type": "topk", "temperatures": [2]}}} for name, one in both.items()}
+    refused(
+        text(teacher=None, teachers=topk, losses={"x": mean}), r"losses\.x\.teacher: topk targets of several teachers .* cannot be mixed"
+    )
 
 
 def test_overrides_set_one_thing_and_leave_the_rest():
@@ -129,7 +201,7 @@ def test_environment_variables(monkeypatch):
 
 def test_names_and_numbers_survive_the_dump():
     labels = ["1e3", "2024-01-01", "yes", "null", "0x10", "ä ü", "a: b", "#x", "12_3", "~", "=", "<<"]
-    job = parse(json.dumps({**GOOD, "task": {"labels": labels}}), ["training.learning_rate=1e-05"], "x")
+    job = parse(json.dumps({**GOOD, "task": {"type": "text_classification", "labels": labels}}), ["training.learning_rate=1e-05"], "x")
     assert job.training.learning_rate == 1e-5
     again = parse(dump(job), (), "dump")
     assert again == job
@@ -144,7 +216,8 @@ def test_names_and_numbers_survive_the_dump():
     [
         ("nam", "nam", 'did you mean "name"'),
         ("training.epoch", "training.epoch", 'did you mean "epochs"'),
-        ("teacher.targets.logits.dtyp", "teacher.targets.logits.dtyp", 'did you mean "dtype"'),
+        ("teacher.targets.logits", "teacher.targets.logits.dtyp", 'did you mean "dtype"'),
+        ("losses.soft.weight", "losses.soft.weight.dtyp", "allowed: end, shape, start, until"),
         ("teacher.targets.features.pool", "teacher.targets.features.pool", 'did you mean "pooled"'),
         ("student.layer", "student.layer", 'did you mean "layers"'),
         ("corpus.trian", "corpus.trian", 'did you mean "train"'),
@@ -154,12 +227,13 @@ def test_names_and_numbers_survive_the_dump():
         ("tracking.url", "tracking.url", 'did you mean "uri"'),
         ("evaluation.zzzzzzzz", "evaluation.zzzzzzzz", "allowed: batch_tokens, precision, repeats, threads"),
         # What another member of the union has is unknown here.
-        ("student.hidden_size", "student.hidden_size", "allowed: choose, count, layers, type"),
-        ("losses.soft.label_smoothing", "losses.soft.label_smoothing", "allowed: temperature, type, weight"),
+        ("student.depths", "student.depths", "allowed: choose, count, heads, hidden_size, intermediate_size"),
+        ("losses.soft.label_smoothing", "losses.soft.label_smoothing", "allowed: route, teacher, temperature, type, weight"),
     ],
 )
 def test_unknown_keys(path, found, hint):
-    line = refused(changed(path, 1), f'DST-2005.*unknown key "{re.escape(found)}"')
+    value = 1 if path == found else {"type": "dense", "dtyp": 1} if path.endswith("logits") else {"start": 1, "end": 0, "dtyp": 1}
+    line = refused(changed(path, value), f'DST-2005.*unknown key "{re.escape(found)}"')
     assert hint in line
 
 
@@ -207,9 +281,9 @@ def test_unknown_key_of_one_of_several_students():
         ("training.learning_rate", float("nan"), r"training\.learning_rate: .*finite number, got nan"),
         ("losses.soft.weight", float("inf"), r"losses\.soft\.weight: .*finite number"),
         # variants
-        ("student.type", "layer", r"student: .*'layer' .*'layers', 'scratch', 'pretrained', 'probe'"),
+        ("student.type", "layer", r"student: .*'layer' .*'layers', 'scratch', 'convolutional', 'pretrained', 'probe'"),
         ("corpus.type", "csv", r"corpus: .*'files', 'hub', 'docstrings'"),
-        ("losses.soft.type", "kl", r"losses\.soft: .*'cross_entropy', 'forward_kl'"),
+        ("losses.soft.type", "kl", r"losses\.soft: .*'cross_entropy', 'binary_cross_entropy'"),
         # one row does not fit into a batch
         ("training.batch_tokens", 32, r"training\.batch_tokens is 32, less than one row of task\.max_length 64"),
         ("training.microbatch_tokens", 32, r"training\.microbatch_tokens is 32"),
@@ -384,7 +458,7 @@ def test_files_that_cannot_be_read(tmp_path):
         with pytest.raises(ConfigError, match=message):
             load(str(path))
 
-    refused_file(tmp_path / "none.yaml", r"DST-2001.*recipe \(quickstart, sst2_bert\).*No such file")
+    refused_file(tmp_path / "none.yaml", r"DST-2001.*recipe \(code_tokens, embeddings, .*quickstart, .*\).*No such file")
     refused_file("quickstrat", r"DST-2001.*quickstart")
     refused_file(tmp_path, r"DST-2001.*directory")
     refused_file("/dev/zero", r"DST-2002.*at most 100000 bytes")
@@ -489,5 +563,7 @@ def test_flat_is_what_one_writes_on_the_command_line():
     assert flat["losses.soft.temperature"] == 2.0
     assert flat["student.layers"] == [0]
     assert flat["students"] == {}
-    again = parse(text(), [f"{key}={value}" for key, value in flat.items() if key.startswith(("losses.", "training.l"))], "x")
+    again = parse(
+        text(), [f"{key}={value}" for key, value in flat.items() if value is not None and key.startswith(("losses.", "training.l"))], "x"
+    )
     assert again == job

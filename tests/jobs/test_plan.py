@@ -39,7 +39,7 @@ def world(tmp_path_factory):
 
 def job(world, *overrides):
     text = json.dumps({
-        "name": "j", "task": {"max_length": 32}, "corpus": {"type": "files", "train": str(world / "train.jsonl")},
+        "name": "j", "task": {"type": "text_classification", "max_length": 32}, "corpus": {"type": "files", "train": str(world / "train.jsonl")},
         "teacher": {"model": str(world / "model"), "training": {"epochs": 2, "batch_tokens": 256}},
         "students": {"small": {"type": "layers", "layers": [0]}, "probe": {"type": "probe"}},
         "losses": {"hard": {"type": "cross_entropy", "weight": 0.3}, "soft": {"type": "forward_kl"}},
@@ -52,7 +52,7 @@ def prints(plan):
     """Fingerprint of every stage by a name of one word."""
     runs = {run.name: run.stage.fingerprint for run in plan.runs}
     return {
-        "corpus": plan.corpus.fingerprint, "teacher": plan.teacher.fingerprint, "targets": plan.targets and plan.targets.fingerprint,
+        "corpus": plan.corpus.fingerprint, "teacher": plan.teacher.fingerprint, "targets": plan.targets["teacher"].fingerprint,
         "student": runs["small"], "baseline": runs.get("small-baseline"), "probe": runs["probe"], "job": plan.fingerprint,
     }  # fmt: skip
 
@@ -95,7 +95,7 @@ TEACHER = {"teacher", "targets", *STUDENTS}
         # the teacher and what it says
         ("teacher.training.epochs=3", TEACHER),
         ("teacher.training.log_every=1", set()),
-        ("teacher.targets.logits.dtype=float32", {"targets", "student", "probe", "job"}),
+        ("teacher.targets.logits={type: dense, dtype: float32}", {"targets", "student", "probe", "job"}),
         ("teacher.targets.features.layers=[1]", {"targets", "student", "probe", "job"}),
         ("teacher.batch_tokens=4096", {"targets", "student", "probe", "job"}),
         ("teacher.precision=fp32", {"targets", "student", "probe", "job"}),
@@ -142,7 +142,7 @@ def test_every_student_that_asks_the_teacher_has_a_baseline(world):
     assert list(plan.runs[1].losses) == ["hard"]
     assert [run.name for run in plan_of(world, "baseline=false").runs] == ["small", "probe"]
     # A changed target store changes what a probe reads even without the teacher's answers, but not the other baseline.
-    changed = plan_of(world, "teacher.targets.logits.dtype=float32")
+    changed = plan_of(world, "teacher.targets.logits={type: dense, dtype: float32}")
     assert changed.runs[1].stage == plan.runs[1].stage
     assert changed.runs[3].stage != plan.runs[3].stage
 
@@ -150,14 +150,14 @@ def test_every_student_that_asks_the_teacher_has_a_baseline(world):
 def test_without_a_loss_that_asks_there_are_no_targets(world):
     plan = plan_of(world, "students={small: {type: layers, layers: [0]}}", "losses.soft.weight=0")
     # OmegaConf merges dicts, so the probe is still there and still reads pooled output.
-    assert plan.targets is not None
+    assert list(plan.targets) == ["teacher"]
     text = json.dumps({
-        "name": "j", "task": {"max_length": 32}, "corpus": {"type": "files", "train": str(world / "train.jsonl")},
+        "name": "j", "task": {"type": "text_classification", "max_length": 32}, "corpus": {"type": "files", "train": str(world / "train.jsonl")},
         "teacher": {"model": str(world / "model"), "training": {"epochs": 2}}, "student": {"type": "layers", "layers": [0]},
         "losses": {"hard": {"type": "cross_entropy"}}, "training": {"epochs": 3}, "cluster": {"storage": str(world / "storage")},
     })  # fmt: skip
     plan = make_plan(parse(text, (), "x"))
-    assert plan.targets is None
+    assert plan.targets == {}
     assert [(run.name, run.baseline) for run in plan.runs] == [("student", None)]
     assert [line.stage for line in estimate.lines(plan)] == ["corpus", "teacher", "student"]
 
@@ -171,7 +171,7 @@ def test_without_a_loss_that_asks_there_are_no_targets(world):
         (["task.max_length=65"], r"DST-2014.*task\.max_length: expected at most 64 for .*/model but found 65"),
         (["students.small={type: pretrained, layers: null}"], r"DST-2005"),
         (["students.small.layers=[12]"], r"DST-2011.*expected layers 0 to 11 but found 12"),
-        (["teacher.targets.features.layers=[0,12]"], r"DST-2011.*features\.layers: expected layers 0 to 11 but found \[12\]"),
+        (["teacher.targets.features.layers=[0,12]"], r"DST-2011.*teacher\.targets\.features: expected layers 0 to 11 but found \[12\]"),
         (["teacher.targets.features.layers=[-1]"], r"DST-2011.*found \[-1\]"),
     ],
 )
@@ -183,7 +183,7 @@ def test_jobs_that_do_not_fit_their_model(world, overrides, message):
 def student_job(world, student, **losses):
     """One student, and terms of the loss beside the soft one; the targets hold layer 3."""
     text = json.dumps({
-        "name": "j", "task": {"max_length": 60}, "corpus": {"type": "files", "train": str(world / "train.jsonl")},
+        "name": "j", "task": {"type": "text_classification", "max_length": 60}, "corpus": {"type": "files", "train": str(world / "train.jsonl")},
         "teacher": {"model": str(world / "model"), "training": {"epochs": 1}, "targets": {"features": {"layers": [3]}}},
         "student": student, "losses": {"soft": {"type": "forward_kl"}, **losses}, "training": {"epochs": 1},
         "cluster": {"storage": str(world / "storage")},
@@ -378,3 +378,63 @@ assert not ray.is_initialized()
     started = time.monotonic()
     subprocess.run([sys.executable, "-c", program, str(world)], cwd=ROOT, check=True)
     assert time.monotonic() - started < 30
+
+
+def test_layer_maps_by_name_are_written_out_and_kept_layers_must_do(world):
+    def maps(layers, count, name="hidden_mse"):
+        text = json.dumps({
+            "name": "j", "task": {"type": "text_classification", "max_length": 60}, "teacher": {
+                "model": str(world / "model"), "training": {"epochs": 1}, "targets": {"features": {"layers": [0, 5, 11]}},
+            }, "corpus": {"type": "files", "train": str(world / "train.jsonl")}, "student": {"type": "layers", "count": count},
+            "losses": {"h": {"type": name, "layers": layers}}, "training": {"epochs": 1}, "cluster": {"storage": str(world / "storage")},
+        })  # fmt: skip
+        return make_plan(parse(text, (), "x")).runs[0].losses["h"].layers
+
+    assert maps("even", 2) == {0: 5, 1: 11}
+    assert maps("last", 1) == {0: 11}
+    assert maps("skip", 1) == {0: 0}
+    with pytest.raises(ConfigError, match=r"DST-2011.*losses\.h\.layers: expected some of \[0, 5, 11\] but found \[3, 7\] for student"):
+        maps("even", 3)
+    with pytest.raises(ConfigError, match=r"DST-2011.*\[6\]"):
+        maps("skip", 2)
+
+
+def test_relation_heads_divide_the_widths(world):
+    for heads in (4, 8, 16):
+        make_plan(relation_job(world, {"type": "layers", "count": 2}, heads))
+    make_plan(relation_job(world, {"type": "scratch", "layers": 1, "hidden_size": 8, "heads": 2, "intermediate_size": 8}, 8))
+    with pytest.raises(ConfigError, match=r"DST-2025.*losses\.r\.heads: expected a divisor of \[16\] but found 12 for student"):
+        make_plan(relation_job(world, {"type": "layers", "count": 2}, 12))
+    with pytest.raises(ConfigError, match=r"DST-2025.*a divisor of \[8\] but found 16"):
+        make_plan(relation_job(world, {"type": "scratch", "layers": 1, "hidden_size": 8, "heads": 2, "intermediate_size": 8}, 16))
+
+
+def relation_job(world, student, heads):
+    text = json.dumps({
+        "name": "j", "task": {"type": "text_classification", "max_length": 60}, "student": student, "teacher": {
+            "model": str(world / "model"), "training": {"epochs": 1}, "targets": {"features": {"relations": 11}},
+        }, "corpus": {"type": "files", "train": str(world / "train.jsonl")}, "losses": {"r": {"type": "relation_kl", "heads": heads}},
+        "training": {"epochs": 1}, "cluster": {"storage": str(world / "storage")},
+    })  # fmt: skip
+    return parse(text, (), "test")
+
+
+def test_each_teacher_has_stages_of_its_own_and_a_live_one_no_store(world):
+    def several(**second):
+        text = json.dumps({
+            "name": "j", "task": {"type": "text_classification", "max_length": 32},
+            "teachers": {"one": {"model": str(world / "model")}, "two": {"model": str(world / "other"), **second}},
+            "corpus": {"type": "files", "train": str(world / "train.jsonl")}, "student": {"type": "layers", "count": 2},
+            "losses": {"a": {"type": "forward_kl", "teacher": "one"}, "b": {"type": "reverse_kl", "teacher": "two"}},
+            "training": {"epochs": 1}, "cluster": {"storage": str(world / "storage")},
+        })  # fmt: skip
+        return make_plan(parse(text, (), "x"))
+
+    plan, live = several(), several(live=True)
+    assert (list(plan.teachers), list(plan.targets), list(live.targets)) == (["one", "two"], ["one", "two"], ["one"])
+    assert plan.teachers["one"] != plan.teachers["two"]
+    assert live.targets["one"] == plan.targets["one"]
+    assert live.teachers == plan.teachers
+    assert live.runs[0].stage != plan.runs[0].stage
+    assert live.runs[1].stage == plan.runs[1].stage  # the baseline asks nobody
+    assert [line.stage for line in estimate.lines(plan)] == ["corpus", "targets of one", "targets of two", "student", "student-baseline"]

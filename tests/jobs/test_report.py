@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from distillation.cards import Facts
 from distillation.evaluate import Bin, Disagreement, Evaluation
-from distillation.export import Facts
 from jobs.figures import figures
-from jobs.report import COLUMNS, cells, conditions, ordered, page, table, verdicts
+from jobs.report import cells, conditions, headings, ordered, page, table, verdicts
 
 LABELS = ("numpy", "pandas", "sklearn", "torch", "stdlib")
 COSTS = {
@@ -141,7 +141,7 @@ def test_table_fits_120_columns_without_cutting_a_number(evaluations):
     assert len(lines) == 4
     for e, line in zip(ordered(evaluations)[1:], lines, strict=True):
         assert all(cell in line for cell in cells(e))
-    assert all(name in text for name in COLUMNS)
+    assert all(name in text for name in headings(evaluations))
     assert conditions(evaluations).startswith("2,400 rows, 2,400 labelled; cpu, bf16, 2 threads.")
 
 
@@ -217,3 +217,94 @@ def test_page_is_one_file_with_every_text_escaped(evaluations, curves, tmp_path)
     assert "http" not in html.replace("http-equiv", "")
     for wanted in (*verdicts(evaluations).values(), "91.4 % ±1.2", "3f0a12cd9b7e4410", "2.13.0", "149 such rows"):
         assert wanted in parsed.text
+
+
+# ------------------------------------------------------------------------------------------------------------ other tasks
+
+
+def of_task(task, headline, values, better="max", labels=(), extra=None, confusion=(), near="agreement"):
+    """Teacher, baseline and student with this headline: (teacher, baseline, student)."""
+    found = []
+    for (name, role), value in zip((("teacher", "teacher"), ("small-baseline", "baseline"), ("small", "student")), values, strict=True):
+        e = made_up(
+            "2-layers" if role != "teacher" else "teacher", role, 0.9, 0.02, baseline="small-baseline" if role == "student" else None
+        )
+        kept = values[0] / value if better == "min" else value / values[0]
+        gain = 100 * (1 - value / values[1]) if better == "min" else 100 * (value - values[1])
+        against = {near: 0.031, "retention": kept, "retention_low": kept - 0.01, "retention_high": kept + 0.01}
+        against |= {"gain": gain, "gain_low": gain - 1, "gain_high": gain + 1} if role == "student" else {}
+        found.append(
+            e.model_copy(
+                update={
+                    "name": name, "task": task, "headline": headline, "better": better, "labels": labels, "positions": 9000,
+                    "quality": {headline: value, f"{headline}_low": 0.98 * value, f"{headline}_high": 1.02 * value, **(extra or {})},
+                    "against": {} if role == "teacher" else against, "confusion": list(confusion), "reliability": [], "disagreements": [],
+                }
+            )
+        )  # fmt: skip
+    return found
+
+
+LM = ("causal_lm", "perplexity", (11.8, 13.0, 12.278), "min")
+
+
+def test_a_verdict_about_perplexity_says_that_less_is_better():
+    (sentence,) = verdicts(of_task(*LM)).values()
+    assert sentence == (
+        "small keeps 96.1 % of the teacher's perplexity (12.28 against 11.8) at 0.69x the parameters, 2.7x faster; "
+        "5.6 % less perplexity than the same student without distillation (95 % interval 4.6 to 6.6)."
+    )
+    worse = of_task("masked_lm", "perplexity", (11.8, 12.0, 13.2), "min")
+    assert verdicts(worse)["small"].endswith(
+        "10.0 % more perplexity than the same student without distillation (-10.0, 95 % interval -11.0 to -9.0)."
+    )
+    same = of_task("masked_lm", "perplexity", (11.8, 12.0, 12.0), "min")
+    assert verdicts(same)["small"].endswith("(+0.0 %, 95 % interval -1.0 to 1.0).")
+
+
+def test_verdicts_of_other_metrics():
+    entities = of_task("token_classification", "f1", (0.9, 0.8, 0.85))
+    assert verdicts(entities)["small"].startswith("small keeps 94.4 % of the teacher's F1 (85.0 % against 90.0 %) at")
+    numbers = of_task("regression", "pearson", (0.8, 0.6, 0.7), near="mse_to_teacher")
+    assert verdicts(numbers)["small"].startswith("small keeps 87.5 % of the teacher's Pearson (0.700 against 0.800) at")
+    assert "+10.0 points over" in verdicts(numbers)["small"]
+    assert "as a cosine of 0.700 at" in verdicts(of_task("embedding", "cosine", (1.0, 0.6, 0.7)))["small"]
+    assert "nearest neighbour of 70.0 % of the rows at" in verdicts(of_task("embedding", "neighbours", (1.0, 0.6, 0.7)))["small"]
+
+
+def test_columns_follow_the_headline():
+    lm = of_task(*LM)
+    assert headings(lm)[:4] == ("model", "perplexity", "retention", "agreement")
+    assert cells(lm[2])[:4] == ("small", "12.28 ±0.25", "96.1 % ±1.0", "3.1 %")
+    assert "less is better" in conditions(lm)
+    assert "9,000 scored positions" in conditions(lm)
+    assert "Wilson" not in conditions(lm)
+    numbers = of_task("regression", "pearson", (0.8, 0.6, 0.7), near="mse_to_teacher")
+    assert headings(numbers)[:4] == ("model", "Pearson", "retention", "MSE to teacher")
+    assert cells(numbers[2])[1:4] == ("0.700 ±0.014", "87.5 % ±1.0", "0.031")
+    for some in (lm, numbers):
+        assert max(len(line) for line in printed(some).splitlines()) <= 120
+
+
+def test_figures_show_what_there_is(tmp_path):
+    lm = of_task(*LM)
+    assert [p.stem for p in figures(ordered(lm), {}, tmp_path)] == ["size_quality"]
+    words = of_task("token_classification", "f1", (0.9, 0.8, 0.85), labels=("B-x", "O"), confusion=[[3, 1], [2, 14]])
+    assert [p.stem for p in figures(ordered(words), {}, tmp_path)] == ["size_quality", "confusion"]
+
+
+def test_pages_of_other_tasks_show_their_metrics(tmp_path):
+    path = tmp_path / "report.html"
+    for task, wanted in (
+        (of_task(*LM, extra={"bits_per_byte": 1.234, "accuracy": 0.4}), ("bits per byte", "1.234", "40.0 %")),
+        (
+            of_task("token_classification", "f1", (0.9, 0.8, 0.85), labels=("B-<b>x", "O"), confusion=[[3, 1], [2, 14]]),
+            ("Recall / precision of each label", "B-<b>x", "75.0 / 60.0", "87.5 / 93.3"),
+        ),
+    ):
+        page(path, "job", task, figures(ordered(task), {}, tmp_path), FACTS)
+        parsed = Collected()
+        parsed.feed(path.read_text(encoding="utf-8"))
+        assert "b" not in parsed.tags
+        for each in (*wanted, *verdicts(task).values()):
+            assert each in parsed.text

@@ -145,6 +145,65 @@ def test_what_cannot_take_effect_is_refused(changes, message):
     assert message in refused(**changes)
 
 
+MULTI = {
+    "task": {"type": "multi_label", "max_length": 64},
+    "losses": {"soft": {"type": "binary_kl"}},
+}
+
+
+def searching(of, **changes):
+    """Text of a job of another task, which searches for what the default is if nothing else is said."""
+    return text(**{"search": {"space": {"losses.soft.weight": {"uniform": [0.1, 1.0]}}, "trials": 8, **changes}, **of})
+
+
+REGRESSION = {"task": {"type": "regression", "max_length": 64}, "losses": {"soft": {"type": "teacher_mse"}}}
+LANGUAGE = {"task": {"type": "causal_lm", "max_length": 64}, "losses": {"soft": {"type": "forward_kl", "temperature": 1.0}}}
+
+
+@pytest.mark.parametrize(
+    ("of", "objectives"),
+    [
+        (MULTI, "multi_label reports no accuracy, by which trials are compared where nothing is said; set objectives: {validation/f1: max, "),
+        (REGRESSION, "regression reports no accuracy, by which trials are compared where nothing is said; set objectives: {validation/pearson: max"),
+    ],
+)  # fmt: skip
+def test_a_task_without_accuracy_says_what_it_searches_for(of, objectives):
+    assert f"search.objectives: {objectives}" in told(searching(of))
+    headline = objectives.split("{")[1].split(":")[0]
+    set_to = {headline: "max", "cost/parameters": "min"}
+    read = parse(searching(of, objectives=set_to, keep={"validation/retention": 0.9}), [], "job.yaml")
+    assert (read.search.quality, read.search.size) == (headline, "cost/parameters")
+
+
+def test_a_language_model_is_searched_by_accuracy_or_by_perplexity():
+    assert parse(searching(LANGUAGE), [], "job.yaml").search.quality == "validation/accuracy"
+    read = parse(searching(LANGUAGE, objectives={"validation/perplexity": "min"}, keep={"validation/perplexity": 20}), [], "job.yaml")
+    assert read.search.quality == "validation/perplexity"
+    assert [str(wish) for wish in read.search.constraints] == ["validation/perplexity <= 20"]
+
+
+@pytest.mark.parametrize(
+    ("of", "changes", "message"),
+    [
+        (
+            {}, {"objectives": {"validation/f1": "max"}},
+            "search.objectives: validation/f1 is not reported by text_classification, which reports validation/accuracy, validation/nll, "
+            "validation/agreement, validation/kl_to_teacher, validation/retention",
+        ),
+        ({}, {"keep": {"validation/perplexity": 12}}, "search.keep: validation/perplexity is not reported by text_classification, which"),
+        (
+            REGRESSION, {"objectives": {"validation/pearson": "max"}, "keep": {"validation/agreement": 0.9}},
+            "search.keep: validation/agreement is not reported by regression, which reports validation/pearson, validation/mse, validation/mae",
+        ),
+        (MULTI, {"objectives": {"validation/accuracy": "max"}}, "search.objectives: validation/accuracy is not reported by multi_label, which"),
+    ],
+)  # fmt: skip
+def test_what_the_task_does_not_report_is_refused(of, changes, message):
+    said = told(searching(of, **changes))
+    assert message in said
+    assert "reports no accuracy" not in said
+
+
 def test_a_search_needs_a_teacher_to_learn_from():
     said = told(text(losses={"hard": {"type": "cross_entropy"}}, search={"space": {"losses.hard.weight": {"choice": [1, 2]}}}))
     assert "no loss asks the teacher, so there is nothing to search for" in said

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -215,9 +215,13 @@ def by_hand(*trials: tuple[str, State, float | None, float, int], **search: Any)
     return made
 
 
-def decided(trials: int = 64, lost: tuple[str, ...] = (), **options: Any) -> Search:
-    """A search that has come to its end: baselines, refits, choice and evaluations. lost: roles whose trainings are not there."""
+def decided(trials: int = 64, lost: tuple[str, ...] = (), then: Callable[[Search], Any] = lambda _: None, **options: Any) -> Search:
+    """A search that has come to its end: baselines, refits, choice and evaluations. lost: roles whose trainings are not there.
+
+    then: what is done to it after each of its parts, such as `in_words`.
+    """
     search, rng = made_up(trials, **options), random.Random(1)
+    then(search)
     decision = decide(search)
     wanted: list[tuple[str, Trial, int]] = [("baseline", search.trials[n], 0) for n in decision.front]
     for number in decision.finalists:
@@ -225,9 +229,31 @@ def decided(trials: int = 64, lost: tuple[str, ...] = (), **options: Any) -> Sea
     for role, trial, seed in wanted:
         if role not in lost:
             _confirm(search, role, trial, seed, rng)
+    then(search)
     search.remember({"kind": "choice", "time": search.updated + 5, "choice": choose(search, decision)})
     search.remember({"kind": "test", "time": search.updated + 5, "evaluations": evaluations(search, rng)})
     search.remember({"kind": "ended", "time": search.updated + 5})
+    then(search)
+    return search
+
+
+PERPLEXITY = 8.0
+"""Of the teacher of a language model."""
+
+
+def in_words(search: Search) -> Search:
+    """The same search of a language model: whoever keeps so much of the teacher's accuracy keeps as much of its perplexity."""
+    search.job["task"] = {"type": "causal_lm", "text": "text", "max_length": 64}
+    search.teacher |= {"validation/perplexity": PERPLEXITY}
+    for trial in search.trials:
+        for metrics in (*(metrics for _, metrics in trial.curve), trial.metrics):
+            if "validation/accuracy" in metrics:
+                metrics["validation/perplexity"] = PERPLEXITY * TEACHER["validation/accuracy"] / metrics["validation/accuracy"]
+    for one in search.evaluations or ():
+        for end, other in (("", ""), ("_low", "_high"), ("_high", "_low")):
+            one["quality"][f"perplexity{end}"] = PERPLEXITY * 0.738 / one["quality"][f"accuracy{other}"]
+        if one["role"] == "student":
+            one["against"] |= {"gain": 4.25, "gain_low": -0.5, "gain_high": 9.0}
     return search
 
 

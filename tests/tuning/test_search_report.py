@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 
 from distillation.evaluate import Evaluation
-from tests.tuning.searches import NASTY, by_hand, decided, events, made_up, search_of
+from tests.tuning.searches import NASTY, by_hand, decided, events, in_words, made_up, search_of
 from tuning import insight
 from tuning.drawing import CURVE_POINTS, bounds, charts, curve, short_paths
 from tuning.pareto import decide
@@ -390,8 +390,11 @@ def test_a_browser_runs_nothing_that_stands_in_the_data(tmp_path):
             objectives={"validation/nll": "min", "validation/agreement": "max", "cost/flops": "min"},
         ),
         decided(64, keep={"validation/retention": 1.2}, scheduler={"type": "none"}),
+        decided(
+            64, then=in_words, objectives={"validation/perplexity": "min", "cost/parameters": "min"}, keep={"validation/retention": 0.95}
+        ),
     ],
-    ids=["begun", "one runs", "one finished", "in the middle", "three objectives", "out of reach"],
+    ids=["begun", "one runs", "one finished", "in the middle", "three objectives", "out of reach", "perplexity"],
 )
 def test_a_browser_draws_what_there_is(tmp_path, search):
     html = made(search)

@@ -33,7 +33,7 @@ from distillation.config import (
 from distillation.errors import ConfigError, InputError
 from distillation.loop import Fit, Session
 from distillation.losses import projected, student_layers
-from distillation.network import Network, observe, output_head
+from distillation.network import Network, observe, order_head
 from distillation.rows import Rows, open_rows
 from distillation.signals import rows_answered
 from distillation.storage import Storage
@@ -178,12 +178,7 @@ def adopt(
     model = models.load(folder, task, pickled=pickled)
     order: list[int] = []
     if labels and not isinstance(task, Embedding):
-        order = models.label_order(models.label_names(model.config.to_dict()), model.config.num_labels, tuple(labels), str(folder))
-        head = output_head(model)
-        with torch.no_grad():
-            head.weight.copy_(head.weight[order])
-            if head.bias is not None:
-                head.bias.copy_(head.bias[order])
+        order = order_head(model, labels, str(folder))
     facts = {"result": {}, "history": [], "label_order": order}
     commit_model(storage, stage, model, folder, task, labels, fingerprint, made_from, facts)
 

@@ -29,7 +29,7 @@ from distillation.config import (
 )
 from distillation.errors import InputError
 from distillation.models import use_bf16
-from distillation.network import Network, output_head
+from distillation.network import Network, order_head
 from distillation.rows import Rows
 from distillation.store import Columns
 from distillation.students import flops, parameter_ratio
@@ -56,11 +56,7 @@ def load_trained(folder: Path, task: TaskConfig, labels: Sequence[str]) -> Any:
     """
     model = models.load(folder, task).eval()
     if labels and isinstance(task, NAMED):
-        order = models.label_order(models.label_names(model.config.to_dict()), model.config.num_labels, tuple(labels), str(folder))
-        head = output_head(model)
-        with torch.no_grad():
-            for parameter in head.parameters():
-                parameter.copy_(parameter[order])
+        order_head(model, labels, str(folder))
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # nothing comes after what is read here
     return model

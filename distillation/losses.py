@@ -65,8 +65,8 @@ def _entropy(log_p: Tensor) -> Tensor:
 def _forward_kl(config: Any, logits: Tensor, batch: Batch) -> Tensor:
     signal = batch.signal if config.teacher is None else batch.signals.get(config.teacher) if isinstance(config.teacher, str) else None
     if signal is not None and signal.ids is not None and signal.weights is not None:
-        temperature = float(config.temperature)
-        return temperature**2 * divergences.sampled_cross_entropy(logits, signal.ids, signal.weights, temperature)
+        drawn = divergences.sampled_cross_entropy(logits, signal.ids, signal.weights, config.temperature)
+        return drawn * float(config.temperature) ** divergences.POWER["sampled_cross_entropy"]
     return _softened(divergences.forward_kl)(config, logits, batch)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from distillation.augment import PARTNER, SHARE
 from distillation.config import DenseLogits, Embedding, Features, LogitsConfig, SampledLogits, TaskConfig, TopKLogits
 from distillation.errors import InputError
-from distillation.models import layers_of
+from distillation.models import label_names, label_order, layers_of
 from distillation.signals import Batch, Outputs, TeacherSignal, count_answers
 from distillation.tasks import TASKS
 
@@ -146,6 +146,18 @@ def output_head(model: Any) -> Any:
     heads = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features == model.config.num_labels]
     assert heads, f"{type(model).__name__} ends in no linear layer"
     return heads[-1]
+
+
+def order_head(model: Any, labels: Sequence[str], where: str) -> list[int]:
+    """Put a trained classifier's outputs into the order of these labels, in place: it is read by name. Returns where each one was.
+
+    Raises InputError where its labels are others.
+    """
+    order = label_order(label_names(model.config.to_dict()), model.config.num_labels, tuple(labels), where)
+    with torch.no_grad():
+        for parameter in output_head(model).parameters():
+            parameter.copy_(parameter[order])
+    return order
 
 
 def observe(teacher: Network, batch: Batch, bf16: bool, logits: LogitsConfig | None, features: Features | None) -> TeacherSignal:

@@ -24,7 +24,7 @@ def verify(job: JobConfig, rows: int, seed: int, console: Console) -> None:
     if not plan.targets:
         console.print("no loss of this job reads a target store: there is nothing to verify")
     for name, stage in plan.targets.items():
-        store.open_artifact(plan.storage, stage.folder, "targets")  # every file against its checksum
+        store.open_artifact(plan.storage, stage.folder, "targets")  # it is there: else said before a teacher is loaded
         _verify_store(plan, name, rows, seed, console)
 
 

@@ -27,6 +27,7 @@ from distillation.loop import LocalSession
 from distillation.network import Network
 from distillation.rows import open_rows
 from distillation.signals import TeacherSignal
+from distillation.students import size_of
 from distillation.tasks import build_task
 from tests.tiny import LABELS, TASK, settings, world
 
@@ -187,3 +188,23 @@ def test_a_width_that_cannot_be_is_refused_before_training(storage):
     for student, code in (({"heads": 3}, "DST-2021"), ({"hidden_size": 12}, "DST-2023")):
         with pytest.raises((ConfigError, InputError), match=code):
             require_buildable(LayersStudent(type="layers", **student), teacher, TASK)
+
+
+def test_a_trimmed_size_is_known_beforehand_and_rows_are_read_in_its_ids_without_weights(spoken, tmp_path):
+    storage, task = spoken
+    teacher, student = fit.model_folder(storage, "teachers/t"), LayersStudent(type="layers", count=1, trim_vocabulary=True)
+    kept = fit.tokens_in_use(storage, "corpora/c", task, teacher)
+    config = FitConfig(
+        name="size", task=task, labels=(), student=student, losses={"hard": CrossEntropy(type="cross_entropy")},
+        training=TrainingConfig(steps=1), storage=storage.uri, corpus="corpora/c", teacher="teachers/t", output="students/size",
+        fingerprint="size",
+    )  # fmt: skip
+    made = fit.untrained(config, storage)
+    assert size_of(student, teacher, task, (), 8, len(kept))["parameters"] == sum(p.numel() for p in made.parameters())
+    folder = fit.as_read(config, storage, tmp_path)
+    table = models.kept_table(folder)
+    assert table[kept].tolist() == list(range(len(kept)))
+    assert (table >= 0).sum() == len(kept)
+    assert not list(folder.glob("*.safetensors"))
+    whole = config.model_copy(update={"student": LayersStudent(type="layers", count=1)})
+    assert fit.as_read(whole, storage, tmp_path) == teacher

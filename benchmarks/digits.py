@@ -28,7 +28,7 @@ def main() -> None:
         "parameters, student / teacher (thousands)", student["cost"]["parameters"] / 1e3, teacher["cost"]["parameters"] / 1e3, "", "<= 0.25"
     )
     gain, low, high = (student["against"][name] for name in ("gain", "gain_low", "gain_high"))
-    print(f"\nThe same student without distillation: {gain:+.1f} points ({low:.1f} to {high:.1f}) of it is the teacher's doing.")
+    print(f"\nAgainst the same student without distillation: {gain:+.1f} points (95 % interval {low:.1f} to {high:.1f}).")
 
 
 if __name__ == "__main__":

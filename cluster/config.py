@@ -3,14 +3,82 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from distillation.config import NAME, Config
 
 # -------------------------------------------------------------------------------------------------------------- cluster
+
+Role = Literal["teacher", "student"]
+ROLES: tuple[Role, ...] = ("teacher", "student")
+
+
+class Elastic(Config):
+    """A number of workers that follows the nodes there are."""
+
+    min: int = Field(ge=1)
+    """Fewer do not start; the job waits for nodes."""
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Elastic:
+        if self.min > self.max:
+            raise ValueError(f"min must not be above max, got {self.min} and {self.max}")
+        return self
+
+
+Labels = dict[Annotated[str, StringConstraints(min_length=1)], Annotated[str, StringConstraints(pattern=r"^!?(in\([\w.,/-]+\)|[\w.-]+)$")]]
+"""Labels that a node must have: a value, !value, in(a,b) or !in(a,b). Syntax: label selectors of Ray."""
+
+
+class WorkersConfig(Config):
+    """The group of workers that does one kind of work. What is left out is as in the section around it."""
+
+    workers: int | Elastic | None = None
+    cpus_per_worker: int | None = Field(None, ge=1)
+    gpus_per_worker: float | None = Field(None, ge=0)
+    labels: Labels = Field({})
+    """Of the nodes to run on. Empty: any."""
+    shards: int | Literal["all"] = 1
+    """Workers that hold one model together, each a part of every weight matrix. 1: each has the whole model; all: one model in the group."""
+
+    @field_validator("workers", "shards")
+    @classmethod
+    def _positive(cls, value: int | Elastic | str | None) -> int | Elastic | str | None:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"must be at least 1, got {value}")
+        return value
+
+
+class DataConfig(Config):
+    """Ray Data: reading, tokenising and sorting the corpus."""
+
+    labels: Labels = Field({})
+    """Of the nodes to run on. Empty: any."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of workers with everything filled in."""
+
+    role: Role
+    least: int
+    most: int
+    """Workers. Other than `least` where the group is elastic."""
+    cpus: int | None
+    """Of each worker. None: as many as the nodes have to give."""
+    gpus: float
+    labels: dict[str, str]
+    shards: int | None
+    """Workers that hold one model together. None: all of the group, however many these are."""
+
+    @property
+    def elastic(self) -> bool:
+        return self.least != self.most
 
 
 class ClusterConfig(Config):
@@ -18,21 +86,51 @@ class ClusterConfig(Config):
 
     address: str | None = None
     """Ray cluster to join ("auto" inside a job). None: one on this machine, for the time of the command."""
-    workers: int = Field(1, ge=1)
+    workers: int | Elastic = 1
     """Training and inference processes. Results do not depend on it."""
     cpus_per_worker: int | None = Field(None, ge=1)
     """Threads of each worker. None: the CPUs of the smallest node divided among the workers it gets."""
     gpus_per_worker: float = Field(0, ge=0)
+    teacher: WorkersConfig = WorkersConfig()
+    """Where teachers are trained and answer."""
+    student: WorkersConfig = WorkersConfig()
+    """Where students are trained, and where everything is evaluated."""
+    data: DataConfig = DataConfig()
     storage: str = "distillery-storage"
     """Folder or URI that every node can write; holds corpora, target stores, models and runs."""
     max_failures: int = Field(2, ge=0)
     """How often a group of workers is restarted after one of them died."""
 
+    @field_validator("workers")
+    @classmethod
+    def _positive(cls, value: int | Elastic) -> int | Elastic:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"must be at least 1, got {value}")
+        return value
+
     @model_validator(mode="after")
-    def _whole_gpus(self) -> ClusterConfig:
-        if self.gpus_per_worker not in (0, 1) and not (self.gpus_per_worker < 1 and self.workers == 1):
-            raise ValueError(f"gpus_per_worker must be 0 or 1 (a share of one GPU only with one worker), got {self.gpus_per_worker:g}")
+    def _groups(self) -> ClusterConfig:
+        for group in map(self.group, ROLES):
+            if group.gpus not in (0, 1) and not (group.gpus < 1 and group.most == 1):
+                raise ValueError(
+                    f"{group.role}: gpus_per_worker must be 0 or 1 (a share of one GPU only with one worker), got {group.gpus:g}"
+                )
+            if group.elastic and group.shards not in (1, None):
+                raise ValueError(f"{group.role}: with workers that come and go shards is 1 or all, got {group.shards}")
+            if group.shards and group.most % group.shards:
+                raise ValueError(f"{group.role}: shards must divide workers, got {group.shards} and {group.most}")
         return self
+
+    def group(self, role: Role) -> Group:
+        """The workers of a role, with what it does not say itself."""
+        own: WorkersConfig = getattr(self, role)
+        workers = self.workers if own.workers is None else own.workers
+        least, most = (workers, workers) if isinstance(workers, int) else (workers.min, workers.max)
+        return Group(
+            role, least, most, own.cpus_per_worker or self.cpus_per_worker,
+            self.gpus_per_worker if own.gpus_per_worker is None else own.gpus_per_worker,
+            dict(own.labels), None if own.shards == "all" else own.shards,
+        )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------- corpus

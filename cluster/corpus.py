@@ -9,6 +9,7 @@ parts do not depend on the number of CPUs, on the order of files or on how rows 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -73,8 +74,9 @@ def prepare(
     fingerprint: str,
     made_from: Mapping[str, Any],
     progress: Callable[[str], None] = print,
+    labels: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Write the corpus to corpora/<fingerprint> unless it is there already. Ray must be initialised.
+    """Write the corpus to corpora/<fingerprint> unless it is there already, on the nodes with these labels. Ray must be initialised.
 
     Facts of the manifest, in rows: rows_read + pieces = the sum of `DROPPED` + the splits' rows. `conflicting` are texts whose copies carry
     different labels: unlabelled in train (of an embedding task everywhere), else dropped. `hidden` are labels that `corpus.labelled` takes
@@ -89,7 +91,7 @@ def prepare(
         return existing
     shares = (_share(corpus.validation), _share(corpus.test))
     tokenizer, token_types = _load_tokenizer(task, tokenizer_dir)
-    with _settings():
+    with _settings(labels):
         rows = _encoded_rows(sources.units(corpus, task), task, shares, corpus.labelled, tokenizer, token_types)
         tallies, sums = _count(rows, task)
         facts = _facts(tallies, sums)
@@ -113,7 +115,7 @@ def prepare(
 
 
 @contextlib.contextmanager
-def _settings() -> Iterator[None]:
+def _settings(labels: Mapping[str, str] | None = None) -> Iterator[None]:
     """How Ray Data runs here: in order, quiet, in small pieces (a task of a shuffle takes 1 GB else); our errors come out as themselves."""
     context, logger = DataContext.get_current(), logging.getLogger("ray.data")
     wanted = {
@@ -123,10 +125,12 @@ def _settings() -> Iterator[None]:
         "shuffle_input_batch_bytes": 4 * BLOCK_BYTES,
         "target_max_block_size": BLOCK_BYTES,
     }
-    before, in_order, level = {name: getattr(context, name) for name in wanted}, context.execution_options.preserve_order, logger.level
+    before, options, level = {name: getattr(context, name) for name in wanted}, context.execution_options, logger.level
     for name, value in wanted.items():
         setattr(context, name, value)
+    context.execution_options = copy.deepcopy(options)
     context.execution_options.preserve_order = True
+    context.execution_options.label_selector = dict(labels) if labels else None
     logger.setLevel(logging.CRITICAL)
     try:
         yield
@@ -137,7 +141,7 @@ def _settings() -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(context, name, value)
-        context.execution_options.preserve_order = in_order
+        context.execution_options = options
         logger.setLevel(level)
 
 

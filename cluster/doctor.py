@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from cluster.config import ClusterConfig, TrackingConfig
+from cluster.config import ROLES, ClusterConfig, TrackingConfig
 from distillation.errors import DistilleryError
 from distillation.storage import Storage
 
@@ -101,9 +101,10 @@ def _device(config: ClusterConfig) -> Check:
         names = ", ".join(sorted({torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}))
         bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16: fp32 is used"
         return Check("device", "ok", f"{torch.cuda.device_count()} x {names}, {bf16}")
-    if config.gpus_per_worker and not config.address:
+    asked = max(config.group(role).gpus for role in ROLES)
+    if asked and not config.address:
         do = "Set cluster.gpus_per_worker=0, or install the driver and a torch that is built for it"
-        return Check("device", "fail", f"no GPU, but {config.gpus_per_worker:g} asked for each worker", do)
+        return Check("device", "fail", f"no GPU, but {asked:g} asked for each worker", do)
     flags = set(_line_of("/proc/cpuinfo", "flags").split())
     bf16 = ", ".join(sorted(flags & {"avx512_bf16", "amx_bf16", "avx_ne_convert"})) or "no bf16: fp32 is used, about half as fast"
     return Check("device", "ok", f"cpu, {bf16}")
@@ -111,10 +112,11 @@ def _device(config: ClusterConfig) -> Check:
 
 def _processors(config: ClusterConfig) -> Check:
     have = len(os.sched_getaffinity(0))
-    need = config.workers * (config.cpus_per_worker or 1)
+    group = max((config.group(role) for role in ROLES), key=lambda group: group.least * (group.cpus or 1))
+    need = group.least * (group.cpus or 1)
     if not config.address and need > have:
         do = "Lower cluster.workers or cluster.cpus_per_worker"
-        return Check("cpus", "fail", f"{have}, but {config.workers} workers ask for {need}", do)
+        return Check("cpus", "fail", f"{have}, but {group.least} workers ask for {need}", do)
     return Check("cpus", "ok", str(have))
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, Role
 from distillation.errors import ClusterError, DistilleryError, SecurityError
 
 Record = Callable[[str, Mapping[str, float], int], None]
@@ -71,27 +71,42 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         ray.shutdown()
 
 
-def cpus_per_worker(config: ClusterConfig) -> int:
-    """Threads of each worker: as set, or the most with which the cluster's nodes hold all workers.
+def cpus_per_worker(config: ClusterConfig, role: Role) -> int:
+    """Threads of each worker of a role: as set, or the most with which the cluster's nodes hold all workers.
 
     Raises ClusterError if they cannot be placed. On a cluster that starts nodes when asked, cpus_per_worker has to be set: then nothing is
     refused, and Ray waits for the nodes.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    group = config.group(role)
+    nodes = nodes_with(group.labels)
     largest = int(max((node.get("CPU", 0) for node in nodes), default=0))
-    fitting = [n for n in range(1, largest + 1) if places(nodes, n, config.gpus_per_worker) >= config.workers]
-    each = config.cpus_per_worker or max(fitting, default=1)
-    if places(nodes, each, config.gpus_per_worker) < config.workers and not (config.address and config.cpus_per_worker):
-        do = "Lower cluster.workers or what each one asks for; set cluster.cpus_per_worker if nodes start on demand"
-        raise does_not_fit("cluster", f"{config.workers} workers", each, config.gpus_per_worker, nodes, do)
+    fitting = [n for n in range(1, largest + 1) if places(nodes, n, group.gpus) >= group.most]
+    each = group.cpus or max(fitting, default=1)
+    if places(nodes, each, group.gpus) < group.least and not (config.address and group.cpus):
+        do = f"Lower workers or what each one asks for, in cluster or cluster.{role}; set cpus_per_worker if nodes start on demand"
+        raise does_not_fit(f"cluster.{role}", f"{group.least} workers", each, group.gpus, nodes, do, group.labels)
     return each
 
 
-def does_not_fit(where: str, workers: str, cpus: int, gpus: float, nodes: Sequence[Mapping[str, float]], do: str) -> ClusterError:
+def nodes_with(labels: Mapping[str, str]) -> list[dict[str, float]]:
+    """Resources of the nodes that run now and have these labels. Syntax of the values: label selectors of Ray."""
+
+    def has(node: Mapping[str, Any], label: str, wanted: str) -> bool:
+        plain = wanted.removeprefix("!")
+        values = plain[3:-1].split(",") if plain.startswith("in(") else [plain]
+        return (node.get("Labels", {}).get(label) in values) != wanted.startswith("!")
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and all(has(node, *pair) for pair in labels.items())]
+
+
+def does_not_fit(
+    where: str, workers: str, cpus: int, gpus: float, nodes: Sequence[Mapping[str, float]], do: str, labels: Mapping[str, str] | None = None
+) -> ClusterError:  # fmt: skip
     has = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+    kind = f"nodes labelled {', '.join(f'{k}={v}' for k, v in labels.items())}" if labels else "nodes"
     return ClusterError(
         "DST-6002", "job does not fit the cluster", where=where, expected=f"{workers} with {cpus} CPUs and {gpus:g} GPUs each",
-        found=f"nodes with {has}", do=do,
+        found=f"{kind} with {has}" if nodes else f"no {kind}", do=do,
     )  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def teach(
         "task": task.model_dump(), "targets": targets.model_dump(), "teacher": teacher, "corpus": corpus, "output": output,
         "batch_tokens": batch_tokens, "precision": precision, "storage": cluster.storage, "key": key,
     }  # fmt: skip
-    run_workers(_teach_worker, payload, cluster, record)
+    run_workers(_teach_worker, payload, cluster, "teacher", record)
     manifest = store.find(storage, corpus)
     assert manifest is not None
     splits: dict[str, tuple[FileRecord, ...]] = {}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, Group, Role
 from cluster.session import Record, cpus_per_worker, mailbox, unwrap
 from distillation import fit
 from distillation.config import FitConfig
@@ -51,13 +51,15 @@ class TrainSession:
             self._box.put.remote(self._key, dict(metrics), step)
 
 
-def train(config: FitConfig, made_from: Mapping[str, Any], cluster: ClusterConfig, record: Record, key: str) -> dict[str, float]:
-    """Train one model on the cluster's workers. Points of its curves go to `record(key, metrics, step)`.
+def train(
+    config: FitConfig, made_from: Mapping[str, Any], cluster: ClusterConfig, record: Record, key: str, role: Role = "student"
+) -> dict[str, float]:  # fmt: skip
+    """Train one model on the cluster's workers of a role. Points of its curves go to `record(key, metrics, step)`.
 
     Raises the DistilleryError a worker raised, or ClusterError if workers died more often than cluster.max_failures.
     """
     payload = {"fit": config.model_dump(mode="json"), "made_from": dict(made_from), "key": key}
-    result: dict[str, float] = run_workers(_train_worker, payload, cluster, record)
+    result: dict[str, float] = run_workers(_train_worker, payload, cluster, role, record)
     return result
 
 
@@ -66,18 +68,21 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, float] | None:
     return fit.train(FitConfig.model_validate(payload["fit"]), session, payload["made_from"])
 
 
-def run_workers(worker: Callable[[dict[str, Any]], Any], payload: Mapping[str, Any], cluster: ClusterConfig, record: Record) -> Any:
-    """Run `worker(payload)` on every worker of a group; returns what rank 0 returned. The payload gets `box`, the mailbox."""
-    threads = cpus_per_worker(cluster)
+def run_workers(
+    worker: Callable[[dict[str, Any]], Any], payload: Mapping[str, Any], cluster: ClusterConfig, role: Role, record: Record
+) -> Any:
+    """Run `worker(payload)` on every worker of a role's group; returns what rank 0 returned. The payload gets `box`, the mailbox."""
+    group, threads = cluster.group(role), cpus_per_worker(cluster, role)
     storage = Storage(cluster.storage)
-    resources = {"CPU": float(threads)} | ({"GPU": cluster.gpus_per_worker} if cluster.gpus_per_worker else {})
+    resources = {"CPU": float(threads)} | ({"GPU": group.gpus} if group.gpus else {})
     name = f"workers-{uuid.uuid4().hex[:12]}"
     with mailbox(record) as box:
         trainer = TorchTrainer(
             _guarded,
             train_loop_config={**payload, "box": box, "worker": worker, "threads": threads},
             scaling_config=ScalingConfig(
-                num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
+                num_workers=(group.least, group.most) if group.elastic else group.most, use_gpu=group.gpus > 0,
+                resources_per_worker=resources, label_selector=group.labels or None,
             ),
             # A new name each time: Ray would otherwise resume from a file of its own, and nothing of ours depends on it.
             run_config=RunConfig(
@@ -90,7 +95,7 @@ def run_workers(worker: Callable[[dict[str, Any]], Any], payload: Mapping[str, A
         try:
             result = _fit(trainer)
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:  # of a worker, or of what runs them
-            raise _reason(error, box, cluster) from error
+            raise _reason(error, box, group, cluster.max_failures) from error
         finally:
             storage.delete(f".ray/{name}")
         if (failed := ray.get(box.error.remote())) is not None:
@@ -124,14 +129,14 @@ def _guarded(payload: dict[str, Any]) -> Any:
         raise
 
 
-def _reason(error: BaseException, box: Any, cluster: ClusterConfig) -> DistilleryError:
+def _reason(error: BaseException, box: Any, group: Group, restarts: int) -> DistilleryError:
     told: DistilleryError | None = ray.get(box.error.remote())
     if found := told or unwrap(error):
         return found
     causes = list((getattr(error, "worker_failures", None) or {}).items())
     text = f"worker {causes[0][0]}: {_last_line(causes[0][1])}" if causes else _last_line(error)
     return ClusterError(
-        "DST-6003", "workers failed", where=f"{cluster.workers} workers", expected=f"at most {cluster.max_failures} restarts", found=text,
+        "DST-6003", "workers failed", where=f"{group.most} workers", expected=f"at most {restarts} restarts", found=text,
         do="Run the job again: it goes on from the last checkpoint. --debug shows the whole traceback",
     )  # fmt: skip
 

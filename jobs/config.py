@@ -295,7 +295,7 @@ class JobConfig(Config):
         lengths = {"training", "training.epochs", "training.steps", *(["training.batch_tokens"] if self.training.steps else [])}
         if scheduler != "none" and (found := sorted(lengths & knobs.keys())):
             yield f"search: scheduler {scheduler} compares trials of one length, but {', '.join(found)} change it; use scheduler {{type: none}}"
-        if self.cluster.gpus_per_worker and "gpus_per_worker" not in search.model_fields_set:
+        if self.cluster.group("student").gpus and "gpus_per_worker" not in search.model_fields_set:
             yield "search.gpus_per_worker: the workers of the job have GPUs; say which share of one a trial gets (0: none)"
         if search.searcher.type == "grid":
             points = sum(1 for _ in itertools.islice(self.space().grid(search.searcher.points), search.trials + 1))

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.config import ROLES
 from cluster.corpus import corpus_fingerprint
 from distillation import models, store
 from distillation.config import (
@@ -257,7 +258,8 @@ def _training(job: JobConfig, training: TrainingConfig) -> dict[str, Any]:
     """Settings that change what is learned; how often one looks at it does not."""
     settings = training.model_dump(mode="json", exclude={"log_every", "evaluate_every", "checkpoint_every", "microbatch_tokens"})
     if isinstance(job.task, ImageClassification):  # a batch norm sees one microbatch of one worker
-        settings |= {"microbatch_tokens": training.microbatch_tokens, "workers": job.cluster.workers}
+        workers = {role: job.cluster.group(role).most for role in ROLES}
+        settings |= {"microbatch_tokens": training.microbatch_tokens, "workers": workers}
     return settings
 
 

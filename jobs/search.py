@@ -28,7 +28,7 @@ from jobs.pipeline import recorded, tracking_uri
 from jobs.plan import Plan, Stage, make_plan
 from jobs.progress import LOG_SECONDS
 from jobs.stages import Context, Tested
-from jobs.trainings import Trainings
+from jobs.trainings import Trainings, cluster_of_trials
 from tuning import insight, report, views
 from tuning import search as tune
 from tuning.config import METRICS, QUALITY, SearchConfig
@@ -123,9 +123,8 @@ def _shared(context: Context, trainings: Trainings) -> dict[str, Any]:
     """What every trial is given besides its own work."""
     job, search = context.plan.job, context.plan.job.search
     assert search is not None
-    size = {"workers": search.workers_per_trial, "cpus_per_worker": search.cpus_per_worker, "gpus_per_worker": search.gpus_per_worker}
     return {
-        "cluster": job.cluster.model_copy(update={**size, "storage": context.plan.storage.uri}).model_dump(mode="json"),
+        "cluster": cluster_of_trials(job.cluster, search).model_copy(update={"storage": context.plan.storage.uri}).model_dump(mode="json"),
         "quality": search.quality, "maximise": QUALITY[search.quality] == "max",
         "teacher": {"metric": trainings.headline, "value": trainings.teacher.get(trainings.headline)},
         "evaluation": job.evaluation.model_dump(mode="json") | {"threads": _threads(job)},
@@ -134,7 +133,7 @@ def _shared(context: Context, trainings: Trainings) -> dict[str, Any]:
 
 def _threads(job: JobConfig) -> int:
     """For latencies: the same in the search, in the evaluation of the finalists and in `distill run`."""
-    return job.evaluation.threads or cpus_per_worker(job.cluster)
+    return job.evaluation.threads or cpus_per_worker(job.cluster, "student")
 
 
 def _looker(context: Context, director: Director, stack: ExitStack) -> Callable[[], None]:

@@ -74,7 +74,7 @@ def prepare(context: Context) -> store.Manifest:
         with progress.stage("corpus"):
             manifest = prepare_corpus(
                 plan.job.corpus, plan.job.task, plan.model, plan.storage, fingerprint=plan.corpus.fingerprint,
-                made_from=plan.corpus.made_from, progress=progress.note,
+                made_from=plan.corpus.made_from, progress=progress.note, labels=plan.job.cluster.data.labels,
             )  # fmt: skip
         progress.note(_corpus_line(manifest))
     context.journal.dataset(context.parent, "corpus", manifest.fingerprint, plan.storage.path(plan.corpus.folder), "training")
@@ -101,7 +101,7 @@ def _train_teacher(context: Context, name: str) -> None:
         progress.found(name if name == ONLY else f"teacher {name}")
     elif teacher.training:
         with progress.stage(f"{name}: fine-tuning {teacher.model}"):
-            training.train(plan.teacher_fit(name), stage.made_from, job.cluster, context.record, key)
+            training.train(plan.teacher_fit(name), stage.made_from, job.cluster, context.record, key, "teacher")
     else:
         with progress.stage(f"{name}: {teacher.model}"):
             fit.adopt(
@@ -187,7 +187,7 @@ def on_test_split(context: Context, tested: Sequence[Tested]) -> list[Evaluation
     made_from = {
         "models": {one.name: one.stage.fingerprint for one in tested}, "corpus": plan.corpus.fingerprint, "task": job.task.type,
         "settings": job.evaluation.model_dump(),
-        "threads": job.evaluation.threads or cpus_per_worker(job.cluster), "gpus": job.cluster.gpus_per_worker,
+        "threads": job.evaluation.threads or cpus_per_worker(job.cluster, "student"), "gpus": job.cluster.group("student").gpus,
     }  # fmt: skip
     stage = f"evaluations/{store.fingerprint(made_from)}.json"
     if (known := _read_evaluation(plan.storage, stage)) is not None:
@@ -275,9 +275,9 @@ def _read_evaluation(storage: Storage, path: str) -> list[Evaluation] | None:
 def _on_a_worker(plan: Plan, tested: Sequence[Tested]) -> list[Evaluation]:
     """Evaluate in a Ray task that has what a training worker has, so that costs are those of such a machine."""
     job = plan.job
-    cpus = cpus_per_worker(job.cluster)
+    group, cpus = job.cluster.group("student"), cpus_per_worker(job.cluster, "student")
     candidates = [((one.role, one.baseline), one.name, one.stage.folder) for one in tested]
-    task = ray.remote(num_cpus=cpus, num_gpus=job.cluster.gpus_per_worker, max_retries=job.cluster.max_failures)(evaluate_task)
+    task = ray.remote(num_cpus=cpus, num_gpus=group.gpus, label_selector=group.labels, max_retries=job.cluster.max_failures)(evaluate_task)
     try:
         return ray.get(
             task.remote(job.cluster.storage, plan.corpus.folder, candidates, job.task, plan.labels(), job.evaluation.model_dump(), cpus)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from cluster.config import ClusterConfig
 from distillation import loop, store
 from distillation.config import DenseLogits, FitConfig, LayersStudent, TrainingConfig, only_labels
 from distillation.fit import reader, tokens_in_use
@@ -20,7 +21,7 @@ from distillation.students import label, size_of
 from distillation.told import statistics_of_teacher
 from jobs.config import JobConfig, refusal
 from jobs.plan import Plan, Run, teacher_losses
-from tuning.config import reported, retention
+from tuning.config import SearchConfig, reported, retention
 from tuning.director import Proposal
 from tuning.ledger import Role, Task, Trial
 from tuning.schedulers import rungs
@@ -95,12 +96,9 @@ class Trainings:
 
         threads: of its evaluation.
         """
-        job, search = self.job(trial.task.point, seed), self._config
-        workers = {
-            "workers": search.workers_per_trial, "cpus_per_worker": search.cpus_per_worker, "gpus_per_worker": search.gpus_per_worker
-        }  # fmt: skip
+        job = self.job(trial.task.point, seed)
         changes = {
-            "student": None, "students": {"champion": job.student}, "cluster": job.cluster.model_copy(update=workers),
+            "student": None, "students": {"champion": job.student}, "cluster": cluster_of_trials(job.cluster, self._config),
             "evaluation": job.evaluation.model_copy(update={"threads": threads}),
         }  # fmt: skip
         return job.model_copy(update=changes)
@@ -202,6 +200,12 @@ def measurable(task: str, teacher: Mapping[str, float], *, labelled: bool, live:
     told = {name for name in (headline, *others) if name.removeprefix("validation/") in OF_TEACHER}
     found = [name for name in (headline, *others) if ((live or name in teacher) if name in told else labelled)]
     return [*found, *([kept] if retention(headline, 1.0, teacher.get(headline)) is not None else [])]
+
+
+def cluster_of_trials(cluster: ClusterConfig, search: SearchConfig) -> ClusterConfig:
+    """The cluster as a trial sees it: students have the workers of a trial, on the nodes that students run on."""
+    size = {"workers": search.workers_per_trial, "cpus_per_worker": search.cpus_per_worker, "gpus_per_worker": search.gpus_per_worker}
+    return cluster.model_copy(update={"student": cluster.student.model_copy(update={**size, "shards": 1})})
 
 
 def _extent(training: TrainingConfig) -> TrainingConfig:

@@ -23,7 +23,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from cluster.config import ClusterConfig
-from cluster.session import cpus_per_worker, does_not_fit, places
+from cluster.session import cpus_per_worker, does_not_fit, nodes_with, places
 from distillation.errors import ClusterError
 from distillation.storage import Storage
 from tuning.config import SearchConfig
@@ -37,12 +37,13 @@ STOP_SECONDS = 10.0
 
 def require_room(config: SearchConfig, cluster: ClusterConfig) -> int:
     """Trials that the cluster can run at once, as set or as many as fit. Raises ClusterError where there is no room for one."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    labels = cluster.group("student").labels
+    nodes = nodes_with(labels)
     room = places(nodes, config.cpus_per_worker, config.gpus_per_worker) // config.workers_per_trial
     if room == 0:
         workers, do = f"{config.workers_per_trial} workers a trial", "Lower search.workers_per_trial or what each one asks for"
-        raise does_not_fit("search", workers, config.cpus_per_worker, config.gpus_per_worker, nodes, do)
-    cpus_per_worker(cluster)
+        raise does_not_fit("search", workers, config.cpus_per_worker, config.gpus_per_worker, nodes, do, labels)
+    cpus_per_worker(cluster, "student")
     return min(room, config.concurrent or room)
 
 
@@ -72,7 +73,7 @@ def run(
     storage, name, config = Storage(cluster.storage), f"search-{uuid.uuid4().hex[:12]}", director.config
     link = Link(director, context)
     tuner = tune.Tuner(
-        tune.with_resources(trial, _resources(config)),
+        tune.with_resources(trial, _resources(config, cluster)),
         tune_config=tune.TuneConfig(
             search_alg=Asking(link), scheduler=scheduler, num_samples=-1,
             max_concurrent_trials=config.trials if config.scheduler.type == "pbt" else concurrent,  # a population is there as a whole
@@ -111,11 +112,13 @@ def run(
         raise director.failure
 
 
-def _resources(config: SearchConfig) -> Any:
+def _resources(config: SearchConfig, cluster: ClusterConfig) -> Any:
     if config.workers_per_trial > 1:
         # The workers ask for theirs themselves; a hundredth of a CPU taken here would be missing there. Beside the driver: it outlives them.
         return PlacementGroupFactory([{"node:__internal_head__": 0.001}])
-    return {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}
+    labels = cluster.group("student").labels
+    selector: dict[str, Any] = {"bundle_label_selector": [labels]} if labels else {}
+    return PlacementGroupFactory([{"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker}], **selector)
 
 
 def _last_cause(file: str | None) -> str:

@@ -20,7 +20,7 @@ import ray.tune
 import torch
 
 from cluster import training
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, Group
 from distillation import fit, inference, models
 from distillation.config import FitConfig
 from distillation.errors import DistilleryError
@@ -39,14 +39,14 @@ FAILURES = (DistilleryError, RuntimeError, ValueError, TypeError, LookupError, O
 
 def run_trial(config: dict[str, Any]) -> None:
     """The function that Tune calls. config: number, role, bucket, and the `work` that `tuning.search` describes."""
-    torch.set_num_threads(config["work"]["cluster"]["cpus_per_worker"])
+    torch.set_num_threads(_workers(config["work"]).cpus or 1)
     started = time.monotonic()
     reporter = Reporter(config["work"])
     try:
         if config["role"] == "measure":
             reporter.finish("finished", measured=measure(config["work"]))
             return
-        if config["work"]["cluster"]["workers"] == 1:
+        if _workers(config["work"]).most == 1:
             settings = FitConfig.model_validate(config["work"]["fit"])
             if "adopt" in config["work"]:
                 fit.go_on_from(settings, **config["work"]["adopt"])
@@ -150,7 +150,12 @@ def _train_on_workers(work: Mapping[str, Any], reporter: Reporter) -> dict[str, 
 
 def _device(work: Mapping[str, Any]) -> str:
     """A process without a GPU of its own may still see those of its node."""
-    return "cuda" if work["cluster"]["gpus_per_worker"] else "cpu"
+    return "cuda" if _workers(work).gpus else "cpu"
+
+
+def _workers(work: Mapping[str, Any]) -> Group:
+    """Of a trial."""
+    return ClusterConfig.model_validate(work["cluster"]).group("student")
 
 
 def measure(work: Mapping[str, Any]) -> dict[str, float]:

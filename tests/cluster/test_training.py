@@ -131,7 +131,7 @@ def test_a_worker_killed_in_mid_epoch_costs_nothing_but_time(storage, tmp_path, 
             told.append(step)
             journal.metrics(key, metrics, step)
 
-        result = run_workers(dying_worker, payload, workers(storage, count, max_failures=1), record)
+        result = run_workers(dying_worker, payload, workers(storage, count, max_failures=1), "student", record)
         events = [event for event, _ in journal.events() if event["kind"] == "metrics"]
     assert (tmp_path / "mark").exists()
     assert result["resumed_at"] == 5
@@ -159,7 +159,7 @@ def count_starts(storage, tmp_path, config=None, **changes):
     starts = tmp_path / "starts"
     payload = {"starts": str(starts), "bug": config is None, "fit": config and config.model_dump(mode="json")}
     try:
-        run_workers(counting_worker, payload, workers(storage, 1, **changes), lambda *_: None)
+        run_workers(counting_worker, payload, workers(storage, 1, **changes), "student", lambda *_: None)
     finally:
         assert starts.exists()
     raise AssertionError("no error")

@@ -272,7 +272,7 @@ def test_unknown_key_of_one_of_several_students():
         ("corpus.labelled", 1.1, r"corpus\.labelled: .*less than or equal to 1"),
         ("corpus.test", 0.95, r"corpus: shares of validation and test .*\[0\.1, 0\.95\]"),
         ("corpus.test", 0.0, r"corpus: shares of validation and test .*above 0"),
-        ("cluster.workers", 0, r"cluster\.workers: .*greater than or equal to 1"),
+        ("cluster.workers", 0, r"cluster\.workers: .*at least 1, got 0"),
         ("cluster.gpus_per_worker", -1, r"cluster\.gpus_per_worker"),
         ("student.layers", [2, 1], r"student: layers must rise"),
         ("student.layers", [-1], r"student: layers must rise without repeats from 0"),

@@ -5,6 +5,7 @@ Reading never changes anything, but for a small file that is written to the stor
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -29,7 +30,6 @@ from packaging.specifiers import SpecifierSet
 
 from cluster.config import ROLES, ClusterConfig, TrackingConfig
 from distillation.errors import DistilleryError
-from distillation.storage import Storage
 
 PACKAGES = ("ray", "torch", "transformers", "datasets", "mlflow")
 GB = 1e9
@@ -47,8 +47,11 @@ class Check:
     do: str = ""
 
 
-def check(config: ClusterConfig, tracking: TrackingConfig) -> list[Check]:
-    """Every check in the order in which to mend things. Takes seconds; up to a minute where a cluster or server does not answer."""
+def check(config: ClusterConfig, tracking: TrackingConfig, *, places: bool = True) -> list[Check]:
+    """Every check in the order in which to mend things. Takes seconds; up to a minute where a cluster or server does not answer.
+
+    places: look at storage and MLflow, too; they are a job's.
+    """
     return [
         _python(),
         *_packages(),
@@ -57,8 +60,7 @@ def check(config: ClusterConfig, tracking: TrackingConfig) -> list[Check]:
         _memory(),
         _shared_memory(),
         _ray_folder(),
-        *_storage(config),
-        _tracking(config, tracking),
+        *([*_storage(config), _tracking(config, tracking)] if places else []),
         _authentication(config),
         _hub(),
         *([_cluster(config.address)] if config.address else []),
@@ -70,14 +72,19 @@ def check(config: ClusterConfig, tracking: TrackingConfig) -> list[Check]:
 
 def _python() -> Check:
     found = ".".join(map(str, sys.version_info[:3]))
-    allowed = importlib.metadata.metadata("distillery")["Requires-Python"]
+    try:
+        allowed = importlib.metadata.metadata("distillery")["Requires-Python"]
+    except importlib.metadata.PackageNotFoundError:  # the code travelled with a job
+        return Check("python", "ok", f"{found} at {sys.prefix}")
     if SpecifierSet(allowed).contains(found):
         return Check("python", "ok", f"{found} at {sys.prefix}")
     return Check("python", "fail", found, f"Install Python {allowed} and set up again: make quickstart PYTHON=python3.11")
 
 
 def _packages() -> Iterator[Check]:
-    needs = {r.name: r.specifier for r in map(Requirement, importlib.metadata.requires("distillery") or ()) if r.marker is None}
+    needs = {name: SpecifierSet() for name in PACKAGES}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        needs |= {r.name: r.specifier for r in map(Requirement, importlib.metadata.requires("distillery") or ()) if r.marker is None}
     for name in PACKAGES:
         install = f'pip install -c constraints.txt "{name}{needs[name]}"'
         try:
@@ -105,7 +112,7 @@ def _device(config: ClusterConfig) -> Check:
     if asked and not config.address:
         do = "Set cluster.gpus_per_worker=0, or install the driver and a torch that is built for it"
         return Check("device", "fail", f"no GPU, but {asked:g} asked for each worker", do)
-    flags = set(_line_of("/proc/cpuinfo", "flags").split())
+    flags = set(line_of("/proc/cpuinfo", "flags").split())
     bf16 = ", ".join(sorted(flags & {"avx512_bf16", "amx_bf16", "avx_ne_convert"})) or "no bf16: fp32 is used, about half as fast"
     return Check("device", "ok", f"cpu, {bf16}")
 
@@ -121,7 +128,7 @@ def _processors(config: ClusterConfig) -> Check:
 
 
 def _memory() -> Check:
-    free, total = (int(_line_of("/proc/meminfo", key).split()[0]) * 1024 for key in ("MemAvailable", "MemTotal"))
+    free, total = (int(line_of("/proc/meminfo", key).split()[0]) * 1024 for key in ("MemAvailable", "MemTotal"))
     found = f"{free / GB:.1f} of {total / GB:.1f} GB free"
     if free < 4 * GB:
         return Check("memory", "warn", found, "Close other programs, or use fewer workers; the quickstart needs about 6 GB")
@@ -129,7 +136,7 @@ def _memory() -> Check:
 
 
 def _shared_memory() -> Check:
-    need = 0.3 * int(_line_of("/proc/meminfo", "MemTotal").split()[0]) * 1024
+    need = 0.3 * int(line_of("/proc/meminfo", "MemTotal").split()[0]) * 1024
     size = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0
     if size < need:
         do = f"Ray keeps objects there, else on the slower disk; in a container: docker run --shm-size={max(1, round(need / GB))}g"
@@ -148,7 +155,7 @@ def _ray_folder() -> Check:
     return Check("ray folder", "ok", found)
 
 
-def _line_of(path: str, key: str) -> str:
+def line_of(path: str, key: str) -> str:
     """What stands behind the colon of the first line that begins with `key`; empty where there is none (other processors than x86)."""
     for line in Path(path).read_text().splitlines():
         name, _, value = line.partition(":")
@@ -161,6 +168,8 @@ def _line_of(path: str, key: str) -> str:
 
 
 def _storage(config: ClusterConfig) -> Iterator[Check]:
+    from distillation.storage import Storage  # a machine that has only the client shows what others checked
+
     try:
         storage = Storage(config.storage)
         is_new = storage.is_local and not os.path.exists(storage.root)
@@ -195,10 +204,11 @@ def _tracking(config: ClusterConfig, tracking: TrackingConfig) -> Check:
     kind = uri.split(":", 1)[0].split("+", 1)[0]
     if kind == "sqlite":
         return _database(uri, bad)
-    return _port(uri, bad) if kind == "postgresql" else _server(uri, bad)
+    return _port(uri, bad) if kind == "postgresql" else server(uri, bad)
 
 
-def _server(uri: str, bad: Literal["warn", "fail"]) -> Check:
+def server(uri: str, bad: Literal["warn", "fail"]) -> Check:
+    """Whether an MLflow server answers this machine, and takes its login."""
     # Not /health: MLflow answers it to every host and without a login.
     request = urllib.request.Request(uri.rstrip("/") + "/api/2.0/mlflow/experiments/search?max_results=1")
     user, password = (os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))

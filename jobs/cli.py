@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from distillation.errors import ConfigError, DistilleryError, StorageError
+from jobs import remote
 
 if TYPE_CHECKING:
     from tuning.ledger import Search
@@ -221,43 +222,65 @@ def _recorded(job: str, overrides: list[str] | None) -> Search:
 
 
 @app.command()
-def plan(job: Job, overrides: Overrides = None, as_json: Json = False) -> None:
-    """Print the stages, what is already there, and what they cost. Launches nothing."""
+def plan(
+    job: Job,
+    overrides: Overrides = None,
+    address: remote.Address = None,
+    as_json: Json = False,
+    installed: remote.Installed = False,
+    insecure_cluster: remote.Insecure = False,
+) -> None:
+    """Print the stages, what is already there, and what they cost; on a cluster also whether it fits. Launches nothing."""
     import json
 
     from jobs.config import load
 
     config = load(job, overrides or [])
-    from jobs import estimate
+    if head := remote.head_of(address, config.cluster.address):
+        raise typer.Exit(remote.plan(job, overrides or [], head, as_json, installed, insecure_cluster))
+    from jobs import estimate, fit
     from jobs.plan import make_plan, require_possible
     from jobs.terminal import console
 
     made = make_plan(config)
     require_possible(made)
     lines = estimate.lines(made)
+    if config.cluster.address:
+        fits = fit.look(made, lines)
     if as_json:
-        typer.echo(json.dumps([line._asdict() for line in lines], indent=1))
+        stages = [line._asdict() for line in lines]
+        typer.echo(json.dumps({"stages": stages, "fits": [one._asdict() for one in fits]} if config.cluster.address else stages, indent=1))
     else:
         console().print(estimate.table(config.name, lines))
+        if config.cluster.address:
+            console().print(fit.table(fits))
     estimate.require_budget(made, lines)
+    if config.cluster.address:
+        fit.require(fits)
 
 
 @app.command()
 def doctor(
     job: Annotated[str | None, typer.Argument(help="Check what this job needs.")] = None,
     overrides: Overrides = None,
+    address: remote.Address = None,
     as_json: Json = False,
+    installed: remote.Installed = False,
+    insecure_cluster: remote.Insecure = False,
 ) -> None:
-    """Check this machine, the storage, MLflow and the cluster. Every line that is not ok says what to do."""
+    """Check this machine, the storage, MLflow and the cluster with all its nodes. Every line that is not ok says what to do."""
     import json
     from dataclasses import asdict
 
-    from cluster.config import ClusterConfig, TrackingConfig
-    from cluster.doctor import check
     from jobs.config import load
 
     config = load(job, overrides or []) if job else None
-    checks = check(config.cluster if config else ClusterConfig(), config.tracking if config else TrackingConfig())
+    if head := remote.head_of(address, config.cluster.address if config else None):
+        checks = remote.doctor(job, overrides or [], head, installed, insecure_cluster)
+    else:
+        from jobs.checkup import checkup
+
+        checks = checkup(config, address)
     if as_json:
         typer.echo(json.dumps([asdict(one) for one in checks], indent=1))
     else:
@@ -333,6 +356,9 @@ def recipes_cp(name: str, to: Annotated[Optional[Path], typer.Argument()] = None
     except OSError as error:
         raise ConfigError("DST-2009", "file cannot be written", where=str(target), found=str(error), do="Name another one") from error
     typer.echo(str(target))
+
+
+remote.register(app)
 
 
 def main() -> None:

@@ -444,7 +444,7 @@ def held_by(job: JobConfig, teacher: str) -> frozenset[str]:
 
 def load(source: str, overrides: Sequence[str] = ()) -> JobConfig:
     """A job from a file or the name of a recipe, with `a.b=c` overrides. Raises ConfigError with every problem found."""
-    return parse(_read(source), overrides, source)
+    return parse(read(source), overrides, source)
 
 
 def recipes() -> dict[str, str]:
@@ -470,7 +470,8 @@ def dump(job: JobConfig) -> str:
     return text
 
 
-def _read(source: str) -> str:
+def read(source: str) -> str:
+    """Text of a job file or a recipe. Raises ConfigError."""
     path = Path(source)
     if path.suffix not in (".yaml", ".yml") and "/" not in source and source in recipes():
         return recipes()[source]

@@ -71,23 +71,23 @@ def lines(plan: Plan) -> list[Line]:
     """One line a stage. FLOPs: 2 per parameter outside the embeddings and token forward, 6 with the backward pass; attention left out."""
     job, size = plan.job, corpus_size(plan)
     config = read_config(plan.model)
-    depth, body = depth_of(config) or 0, _body_parameters(config)
+    depth, body = depth_of(config) or 0, body_parameters(config)
     rows, tokens = sum(size.rows.values()), sum(size.tokens.values())
     note = "" if size.exact else "estimated from a sample"
     found = [Line("corpus", _state(plan, plan.corpus), rows, tokens, size.bytes_per_row, int(rows * size.bytes_per_row), 0.0, note)]
     for name, teacher in job.all_teachers.items():
         if teacher.training:
-            own = _body_parameters(read_config(plan.models[name]))
+            own = body_parameters(read_config(plan.models[name]))
             found.append(_training_line(name, _state(plan, plan.teachers[name]), teacher.training, size.labelled, size, own, "fine-tuning"))
     for name, stage in plan.targets.items():
         asked, answered = (count["train"] + count["validation"] for count in (size.rows, size.tokens))
         each, told = _target_bytes(plan, name, size)
         title = "targets" if name == ONLY else f"targets of {name}"
-        own = _body_parameters(read_config(plan.models[name]))
+        own = body_parameters(read_config(plan.models[name]))
         found.append(Line(title, _state(plan, stage), asked, answered, each, int(asked * each), 2.0 * own * answered, told))
     scored = size.labelled if only_labels(job.active_losses) else size.rows["train"]
     for run in plan.runs:
-        parameters = body * _student_share(run.student, depth, body)
+        parameters = body * student_share(run.student, depth, body)
         found.append(_training_line(run.name, _state(plan, run.stage), run.training, scored, size, parameters, run.role))
     return found
 
@@ -123,15 +123,15 @@ def table(name: str, found: list[Line]) -> Table:
     for title in ("stage", "state", "rows", "tokens", "bytes/row", "bytes", "FLOPs", ""):
         shown.add_column(title, justify="left" if title in ("stage", "state", "") else "right")
     for line in found:
-        size = (f"{line.bytes_per_row:.0f}", _human(line.bytes)) if line.bytes else ("", "")
+        size = (f"{line.bytes_per_row:.0f}", human(line.bytes)) if line.bytes else ("", "")
         flops = f"{line.flops:.1e}" if line.flops else ""
         shown.add_row(line.stage, line.state, f"{line.rows:,}", f"{line.tokens:,}", *size, flops, line.note)
     total = sum(line.flops for line in found if line.state == "to do")
-    shown.add_row("total to do", "", "", "", "", _human(sum(line.bytes for line in found if line.state == "to do")), f"{total:.1e}", "")
+    shown.add_row("total to do", "", "", "", "", human(sum(line.bytes for line in found if line.state == "to do")), f"{total:.1e}", "")
     return shown
 
 
-def _human(size: float) -> str:
+def human(size: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -206,14 +206,14 @@ def _target_bytes(plan: Plan, name: str, size: Size) -> tuple[float, str]:
     return 36 + size.scored * position + size.per_row * token, told
 
 
-def _body_parameters(config: dict[str, Any]) -> int:
+def body_parameters(config: dict[str, Any]) -> int:
     """Parameters outside the embeddings, from the sizes of a transformer: 4 h^2 attention and 2 h i feed forward a layer; of a ResNet 0."""
     width = width_of(config) or 0
     inner = int(config.get("intermediate_size", config.get("hidden_dim", 4 * width)))
     return max(1, (depth_of(config) or 0) * (4 * width * width + 2 * width * inner))
 
 
-def _student_share(student: Any, depth: int, body: int) -> float:
+def student_share(student: Any, depth: int, body: int) -> float:
     """Body of a student over the teacher's."""
     if isinstance(student, LayersStudent):
         return len(chosen_layers(student, depth)) / depth
@@ -223,6 +223,6 @@ def _student_share(student: Any, depth: int, body: int) -> float:
         return 0.0
     assert isinstance(student, PretrainedStudent)
     return (
-        _body_parameters(read_config(models.locate(student.model, revision=student.revision, pickled_weights=student.pickled_weights)))
+        body_parameters(read_config(models.locate(student.model, revision=student.revision, pickled_weights=student.pickled_weights)))
         / body
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from cluster.doctor import Check
+if TYPE_CHECKING:
+    from cluster.doctor import Check
 
 
 def console() -> Console:

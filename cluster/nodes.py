@@ -53,13 +53,13 @@ def check(cluster: ClusterConfig, tracking: TrackingConfig | None, storage: str 
     try:
         return [
             _answered(alive, silent),
-            *(_alike(package_, {name: one["versions"][package_] for name, one in found.items()}) for package_ in ("python", *PACKAGES)),
+            *_versions(found),
             _alike("distillery", {name: one["code"] for name, one in found.items()}),
             _gpus(alive, found, gpus),
             _least("memory", found, "free", 4 * GB, "Close other programs on it, or give it fewer workers"),
             _least("/dev/shm", found, "shm", 0.2 * GB, "Ray keeps objects there, else on the slower disk; in a container set --shm-size"),
             *(_storage(storage, folder, found) if storage is not None else ()),
-            *([_everywhere("mlflow", found, "mlflow", f"{uri} answers", tracking.strict if tracking else False)] if uri else []),
+            *([_everywhere("mlflow server", found, "mlflow", f"{uri} answers", tracking.strict if tracking else False)] if uri else []),
             _tokens(found),
         ]
     finally:
@@ -120,6 +120,14 @@ def _answered(alive: Sequence[Mapping[str, Any]], silent: Mapping[str, str]) -> 
         do = "Look at the log of its raylet, and whether it reaches the head and has the same Ray and Python"
         return Check("nodes", "fail", "; ".join(f"{name}: {why}" for name, why in silent.items()), do)
     return Check("nodes", "ok", f"{len(alive)} with {has}: {', '.join(map(_name, alive))}")
+
+
+def _versions(found: Mapping[str, Mapping[str, Any]]) -> Iterator[Check]:
+    """One line for all that is alike, and one for each that is not."""
+    checks = [_alike(name, {node: one["versions"][name] for node, one in found.items()}) for name in ("python", *PACKAGES)]
+    if well := [f"{one.name} {one.found.split()[0]}" for one in checks if one.state == "ok"]:
+        yield Check("versions", "ok", f"{', '.join(well)} on every node")
+    yield from (one for one in checks if one.state != "ok")
 
 
 def _alike(name: str, versions: Mapping[str, str]) -> Check:

@@ -17,14 +17,14 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from cluster import package
 from cluster.package import Package
-from distillation.errors import ClusterError, ConfigError, SecurityError
+from distillation.errors import ClusterError, ConfigError, ConflictError, SecurityError
 
 SECONDS = 10
 """How long the head may take to say how one logs in."""
@@ -206,9 +206,16 @@ class Cluster:
                     runtime_env={"working_dir": str(built.folder), **RUNTIME}, entrypoint_label_selector=dict(request.labels or {}) or None,
                 )  # fmt: skip
         except ClusterError as error:
-            if "already exists" in error.found:
-                return False
-            raise
+            if "already exists" not in error.found:
+                raise
+            with self._answers():
+                there = _attempt(self._client.get_job_info(id_))
+            if there is None:
+                raise ConflictError(
+                    "DST-8111", "another job has this id", where=id_, expected="a job of Distillery", found="one that was submitted by hand",
+                    do="Name this one differently: name=another-name",
+                ) from error  # fmt: skip
+            return False
         return True
 
     def stop(self, attempt: Attempt) -> Attempt:
@@ -300,8 +307,10 @@ def _attempt(job: Any) -> Attempt | None:
     metadata = job.metadata or {}
     try:
         said = json.loads(metadata.get("distillery", ""))
-        request = Request(**{**said, "overrides": tuple(said["overrides"]), "options": tuple(said["options"])})
-    except (ValueError, TypeError, KeyError):
+        # Other versions may write more or less.
+        known = {field.name: said[field.name] for field in fields(Request) if field.name in said}
+        request = Request(**{key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
+    except (ValueError, TypeError):
         return None
     match = re.fullmatch(rf"{re.escape(request.name)}-{re.escape(request.verb)}(?:-r(\d+))?", job.submission_id or "")
     number = int(match[1] or 1) if match else 0

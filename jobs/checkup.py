@@ -19,7 +19,6 @@ def checkup(job: JobConfig | None, address: str | None) -> list[Check]:
 
         with connect(cluster):
             seen = nodes.check(cluster, tracking, cluster.storage if job else None)
-        # What is looked at on every node need not be shown of this one.
-        names = {one.name for one in seen} | {"shared"}
-        checks = [*(one for one in checks if one.name not in names), *seen]
+        # These are looked at on every node, this one too.
+        checks = [*(one for one in checks if one.name not in ("memory", "/dev/shm", "storage", "shared", "token")), *seen]
     return checks

@@ -26,7 +26,7 @@ from cluster.lines import csv_dicts, csv_rows, json_rows, not_utf8
 from cluster.reading import CHUNK_ROWS, Row, Unit, tables
 from distillation.config import ImageClassification, TaskConfig
 from distillation.errors import InputError
-from distillation.storage import filesystem
+from distillation.places import filesystem
 from distillation.store import checksum
 
 Kind = Literal["parquet", "csv", "jsonl", "arrow", "text"]

@@ -1,63 +1,31 @@
 """One root, local or remote, under which every artifact lives; and the one way files get there.
 
 A file appears under its name only when it is whole: locally it is written beside, synced and renamed; object stores make an upload
-visible at once. Remote files are read through a copy in the node's cache ($DISTILLERY_CACHE), fetched once per node.
+visible at once. Remote files are read through a copy in the node's cache (`cache`), fetched once per node.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
-import re
 import shutil
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
-from urllib.parse import parse_qs, urlsplit
 
 import pyarrow.fs as pafs
 from safetensors import SafetensorError
 
-from distillation.errors import ConfigError, InputError, SecurityError, StorageError
+from distillation import cache
+from distillation.cache import TEMPORARY
+from distillation.errors import InputError, SecurityError, StorageError
+from distillation.places import filesystem as filesystem
 
-SCHEMES = ("s3", "gs", "abfs", "hdfs")
-"""What may stand before :// in a path, besides a plain local path."""
-
-TEMPORARY = ".tmp-"
-"""How names of files begin that are still being written, or were when a process died."""
-
-SECRET = re.compile(r"(?i)secret|password|token|access_key|credential|^sig$")
-"""Options of a URI that would put a secret into logs and manifests."""
-
-
-def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """The pyarrow filesystem of a path or URI, and the path inside it. Only `SCHEMES` and local paths are allowed."""
-    scheme = re.match(r"^([A-Za-z][A-Za-z0-9+.-]*)://", uri)
-    if scheme is None:
-        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
-    if scheme[1].lower() not in SCHEMES:
-        raise SecurityError(
-            "DST-9001", "scheme of a path is not allowed", where=uri, expected="a local path or " + ", ".join(f"{s}://" for s in SCHEMES),
-            found=f"{scheme[1]}://", do="Copy the data to one of these first",
-        )  # fmt: skip
-    user, at, _ = urlsplit(uri).netloc.rpartition("@")
-    query = parse_qs(urlsplit(uri).query)
-    # abfs://container@account.dfs.core.windows.net is how Azure names a container: no secret in it.
-    if (at and (scheme[1].lower() != "abfs" or ":" in user)) or any(SECRET.search(key) for key in query):
-        raise SecurityError("DST-9002", "a path must not carry a password", do="Give credentials through the environment of the nodes")
-    system, root = None, ""
-    try:
-        system, root = pafs.FileSystem.from_uri(uri)
-        found = "no bucket"
-    except (OSError, ValueError, NotImplementedError) as error:
-        found = str(error)
-    if system is None or not root.strip("/"):
-        raise ConfigError("DST-2003", "path cannot be understood", where=uri, expected="scheme://bucket/path", found=found)
-    return system, root
+CHUNK_BYTES = 8 << 20
+"""Of a file that is copied from or to an object store: one request each."""
 
 
 class Storage:
@@ -85,6 +53,7 @@ class Storage:
         return "/".join([self.root.rstrip("/"), *parts])
 
     def exists(self, relative: str) -> bool:
+        self._look_again(relative)
         with _storage_errors(self.path(relative), "read"):
             info = self._filesystem.get_file_info(self.path(relative))
         return bool(info.type != pafs.FileType.NotFound)
@@ -98,8 +67,24 @@ class Storage:
 
     def read(self, relative: str) -> bytes:
         """Content of a file. Raises FileNotFoundError."""
-        with _storage_errors(self.path(relative), "read"), self._filesystem.open_input_stream(self.path(relative)) as stream:
+        self._look_again(relative)
+        with _storage_errors(self.path(relative), "read"):
+            try:
+                return self._read(relative)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+                return self._read(relative)  # another node of a network file system has just replaced it
+
+    def _read(self, relative: str) -> bytes:
+        with self._filesystem.open_input_stream(self.path(relative)) as stream:
             return bytes(stream.read())
+
+    def _look_again(self, relative: str) -> None:
+        """NFS remembers for up to a minute that a name was not there. To open its folder makes it ask the server whether that changed."""
+        if self.is_local:
+            with contextlib.suppress(OSError):
+                os.close(os.open(os.path.dirname(self.path(relative)), os.O_RDONLY | os.O_DIRECTORY))
 
     def write(self, relative: str, content: bytes) -> None:
         with self.writing(relative) as path:
@@ -112,7 +97,7 @@ class Storage:
         Of errors in the block only those about that file, or a full disk, become a StorageError; others are the caller's and stay.
         """
         target = self.path(relative)
-        folder = Path(target).parent if self.is_local else _cache_folder(self.uri)
+        folder = Path(target).parent if self.is_local else cache.folder_of(self.uri)
         beside = folder / f"{TEMPORARY}{uuid.uuid4().hex}"
         try:
             with _storage_errors(target, "written"):
@@ -126,7 +111,9 @@ class Storage:
                     os.replace(beside, target)
                     _sync(folder)
                 else:
-                    pafs.copy_files(str(beside), target, source_filesystem=pafs.LocalFileSystem(), destination_filesystem=self._filesystem)
+                    # Not pyarrow's copy_files: it drops what an upload says last.
+                    with open(beside, "rb") as file, self._filesystem.open_output_stream(target) as stream:
+                        shutil.copyfileobj(file, stream, CHUNK_BYTES)
                     self._forget(relative)
         finally:
             with contextlib.suppress(OSError):
@@ -139,7 +126,7 @@ class Storage:
         An existing folder of that name is replaced: nobody ever sees a mixture of the two, but for a moment there may be neither.
         """
         target = self.path(relative)
-        parent = Path(target).parent if self.is_local else _cache_folder(self.uri)
+        parent = Path(target).parent if self.is_local else cache.folder_of(self.uri)
         beside = parent / f"{TEMPORARY}{uuid.uuid4().hex}"
         try:
             with _storage_errors(target, "written"):
@@ -162,27 +149,38 @@ class Storage:
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
-    def fetch(self, relative: str, size: int | None = None, *, again: bool = False) -> Path:
+    def fetch(self, relative: str, size: int | None = None, checksum: str | None = None, *, again: bool = False) -> Path:
         """Local path of a file: itself, or its copy in the node's cache.
 
-        A copy of another size than `size` is fetched again, with `again` any copy is. Raises FileNotFoundError.
+        A copy of another size or checksum is fetched again, with `again` any copy is. It is not said whether what was fetched is as expected.
+        However many processes of a node ask at once, one fetches. Raises FileNotFoundError, and StorageError where there is no room.
         """
         source = self.path(relative)
         if self.is_local:
             if not os.path.isfile(source):
                 raise FileNotFoundError(source)
             return Path(source)
-        copy = _cache_folder(self.uri) / relative
-        if again or not copy.is_file() or (size is not None and copy.stat().st_size != size):
-            beside = copy.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
-            try:
-                with _storage_errors(source, "read"):
-                    copy.parent.mkdir(parents=True, exist_ok=True)
-                    pafs.copy_files(source, str(beside), source_filesystem=self._filesystem, destination_filesystem=pafs.LocalFileSystem())
-                    os.replace(beside, copy)
-            finally:
-                beside.unlink(missing_ok=True)
+        copy = cache.folder_of(self.uri) / relative
+        if not again and size is not None and checksum is not None and cache.is_checked(copy, size, checksum):
+            return copy
+        with _storage_errors(source, "read"), cache.only_one(copy):
+            if again or not cache.is_sound(copy, size, checksum):
+                cache.require_space(copy.parent, size or 0)
+                cache.make_room(size or 0)
+                self._download(source, copy, checksum)
         return copy
+
+    def _download(self, source: str, copy: Path, checksum: str | None) -> None:
+        beside = copy.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+        try:
+            # Not pyarrow's copy_files: it asks the server once more for the size of a file.
+            with self._filesystem.open_input_stream(source) as stream, open(beside, "wb") as file:
+                shutil.copyfileobj(stream, file, CHUNK_BYTES)
+            if checksum is not None:
+                cache.check(beside, checksum)
+            os.replace(beside, copy)
+        finally:
+            beside.unlink(missing_ok=True)
 
     def delete(self, relative: str) -> None:
         """Remove a file or folder and, for remote storage, its cached copy. Nothing there is fine."""
@@ -196,7 +194,7 @@ class Storage:
     def _forget(self, relative: str) -> None:
         """Drop the cached copy of a remote file or folder that has changed."""
         if not self.is_local:
-            copy = _cache_folder(self.uri) / relative
+            copy = cache.folder_of(self.uri) / relative
             shutil.rmtree(copy, ignore_errors=True)
             with contextlib.suppress(FileNotFoundError, IsADirectoryError):
                 copy.unlink()
@@ -224,7 +222,7 @@ def fetch_tree(uri: str) -> Path:
         if not os.path.isdir(root):
             raise InputError("DST-3001", "folder does not exist", where=root)
         return Path(root)
-    storage, folder = Storage(uri), _cache_folder(uri)
+    storage, folder = Storage(uri), cache.folder_of(uri)
     selector = pafs.FileSelector(root, recursive=True, allow_not_found=True)
     with _storage_errors(root, "read"):
         infos = [info for info in system.get_file_info(selector) if info.type == pafs.FileType.File]
@@ -241,11 +239,6 @@ def fetch_tree(uri: str) -> Path:
         if copy.relative_to(folder).as_posix() not in names and not copy.name.startswith(TEMPORARY):
             copy.unlink(missing_ok=True)
     return folder
-
-
-def _cache_folder(uri: str) -> Path:
-    base = os.environ.get("DISTILLERY_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "distillery")
-    return Path(os.path.expanduser(base)) / hashlib.sha256(uri.encode()).hexdigest()[:16]
 
 
 def _sync(path: Path) -> None:
@@ -293,6 +286,18 @@ def _block_errors(path: str, beside: Path) -> Iterator[None]:
         raise _refused(path, error, "written") from error
 
 
+ADVICE = {
+    "ACCESS_DENIED": "Give this node credentials that may read and write there: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a role",
+    "INVALID_ACCESS_KEY_ID": "Check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of this node, and AWS_ENDPOINT_URL_S3",
+    "SIGNATURE_DOES_NOT_MATCH": "Check AWS_SECRET_ACCESS_KEY of this node, and its clock",
+    "NO_SUCH_BUCKET": "Make the bucket first, or correct cluster.storage",
+    "NETWORK_CONNECTION": "Check the endpoint (AWS_ENDPOINT_URL_S3 or endpoint_override), the region, and the network of this node",
+    "HTTP status 5": "The server is overloaded or broken: wait and run again, it goes on where it stopped; AWS_MAX_ATTEMPTS lets it try longer",
+    "SLOW_DOWN": "Too many requests at once: run again, it goes on where it stopped; AWS_MAX_ATTEMPTS lets it try longer",
+}
+"""What to do, by what the AWS library says."""
+
+
 def _is_full(error: BaseException) -> bool:
     # pyarrow and safetensors do not always set errno.
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
@@ -302,6 +307,8 @@ def _refused(path: str, error: BaseException, doing: Literal["read", "written"])
     if _is_full(error):
         do = "Free some space, or set cluster.storage to another place"
         return StorageError("DST-5001", "no space left", where=path, expected="room for the file", found=str(error), do=do)
-    code = "DST-5002" if doing == "written" else "DST-5004"
-    do = "Check cluster.storage, its permissions and whether it can be reached"
-    return StorageError(code, f"storage cannot be {doing}", where=path, found=str(error), expected=f"a path that can be {doing}", do=do)
+    code, found = "DST-5002" if doing == "written" else "DST-5004", str(error).strip().splitlines()[0]
+    do = next(
+        (advice for sign, advice in ADVICE.items() if sign in found), "Check cluster.storage, its permissions and whether it can be reached"
+    )
+    return StorageError(code, f"storage cannot be {doing}", where=path, found=found, expected=f"a path that can be {doing}", do=do)

@@ -15,6 +15,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,8 @@ import pyarrow as pa
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
+from distillation import cache
+from distillation.cache import checksum as checksum
 from distillation.errors import ConflictError, InputError
 from distillation.storage import Storage
 
@@ -30,6 +33,9 @@ VERSION = 1
 """Of the layout above. An artifact of another version is refused, not guessed at."""
 
 MANIFEST = "manifest.json"
+
+FETCHERS = 8
+"""Files of one artifact that are fetched at a time: an object store answers after tens of milliseconds, however small the file."""
 
 Kind = Literal["corpus", "targets", "model", "checkpoint"]
 
@@ -78,15 +84,6 @@ def fingerprint(made_from: Mapping[str, Any]) -> str:
     """16 hexadecimal digits over the canonical JSON of everything that could change the bytes."""
     text = json.dumps({"version": VERSION, **made_from}, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def checksum(path: Path) -> str:
-    """xxh3_128 of a file, read in blocks so that the pages do not count as this process's memory."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------- write
@@ -202,25 +199,39 @@ def open_artifact(storage: Storage, folder: str, kind: Kind, split: str | None =
         raise InputError("DST-3104", "artifact is of another kind", where=storage.path(folder), expected=kind, found=manifest.kind)
     wanted = manifest.splits if split is None else {split: manifest.splits.get(split, ())}
     records = [*manifest.files, *(record for parts in wanted.values() for record in parts)]
-    return manifest, {record.name: _intact(storage, folder, record) for record in records}
+    return manifest, dict(zip((record.name for record in records), intact(storage, folder, records), strict=True))
+
+
+def intact(storage: Storage, folder: str, records: Sequence[FileRecord]) -> list[Path]:
+    """Local path of each file, checked against its record; from a remote storage several are fetched at a time.
+
+    Raises InputError as `open_artifact` does, and StorageError where the node has no room for them.
+    """
+    if storage.is_local:
+        return [_intact(storage, folder, record) for record in records]
+    place = cache.folder_of(storage.uri) / folder
+    cache.require_space(place, sum(r.bytes for r in records if not (place / r.name).is_file()))
+    with ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch") as threads:
+        return list(threads.map(lambda record: _intact(storage, folder, record), records))
 
 
 _seen: dict[tuple[str, int, int], str] = {}
 
 
 def _intact(storage: Storage, folder: str, record: FileRecord) -> Path:
-    """Local path of a file whose size and checksum are right; a cached copy that is not is fetched once more. Raises InputError."""
+    """Local path of a file whose size and checksum are right; a copy in the node's cache that is not is fetched again. Raises InputError."""
     where, name = f"{storage.path(folder)}/{record.name}", f"{folder}/{record.name}"
-    for again in [False] if storage.is_local else [False, True]:
-        try:
-            path = storage.fetch(name, record.bytes, again=again)
-        except FileNotFoundError:
-            raise InputError("DST-3105", "file of an artifact is missing", where=where, do="Remove the folder and run again") from None
-        expected, found = f"{record.bytes} bytes", f"{path.stat().st_size} bytes"
-        if expected == found:
-            expected, found = f"checksum {record.checksum}", f"checksum {_checksum_once(path)}"
-        if expected == found:
-            return path
+    try:
+        path = storage.fetch(name, record.bytes, record.checksum)
+    except FileNotFoundError:
+        raise InputError("DST-3105", "file of an artifact is missing", where=where, do="Remove the folder and run again") from None
+    if not storage.is_local and cache.is_checked(path, record.bytes, record.checksum):
+        return path
+    expected, found = f"{record.bytes} bytes", f"{path.stat().st_size} bytes"
+    if expected == found:
+        expected, found = f"checksum {record.checksum}", f"checksum {_checksum_once(path)}"
+    if expected == found:
+        return path
     repair = "Remove the folder and run again: it is made anew"
     raise InputError("DST-3106", "file was altered", where=where, expected=expected, found=found, do=repair)
 

@@ -65,7 +65,7 @@ def small_disk(tmp_path):
 
 
 def cached_files(tmp_path):
-    return sorted(p for p in (tmp_path / "cache").rglob("*") if p.is_file())
+    return sorted(p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.parent.name != ".locks")
 
 
 # ---------------------------------------------------------------------------------------------------- both kinds of storage

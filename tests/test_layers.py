@@ -19,7 +19,7 @@ LAYERS = ("distillation", "cluster", "tuning", "jobs")
 """From the innermost to the outermost: a package imports itself and those before it."""
 
 FILES = sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
-CONFIGS = [f"{layer}.config" for layer in LAYERS if (ROOT / layer / "config.py").exists()]
+CONFIGS = [f"{layer}.{path.stem}" for layer in LAYERS for path in sorted((ROOT / layer).glob("*config.py"))]
 HEAVY = {"torch", "ray", "transformers", "mlflow", "datasets", "pandas", "numpy", "pyarrow", "sklearn", "matplotlib"}
 MLFLOW = {"cluster/tracking.py", "cluster/attachments.py", "cluster/outages.py"}
 NEVER = ("weights_only=False", "pickle.load", "except Exception", "trust_remote_code=True", "yaml.load(")

@@ -65,6 +65,12 @@ def corpus_fingerprint(corpus: CorpusConfig, task: TaskConfig, tokenizer_dir: Pa
     return fingerprint_of(made_from), made_from
 
 
+def reading_fingerprint(corpus: str, made_from: Mapping[str, Any], reader_dir: Path) -> tuple[str, dict[str, Any]]:
+    """Of the reading of a corpus by the tokenizer in a folder, see `prepare`. made_from: what the corpus is made from."""
+    reader = {"reads": corpus, "reader": tokenizer_fingerprint(reader_dir), "reading": encoding.READINGS}
+    return fingerprint_of({**made_from, **reader}), {**made_from, **reader}
+
+
 def prepare(
     corpus: CorpusConfig,
     task: TaskConfig,
@@ -75,6 +81,7 @@ def prepare(
     made_from: Mapping[str, Any],
     progress: Callable[[str], None] = print,
     labels: Mapping[str, str] | None = None,
+    reader_dir: Path | None = None,
 ) -> Manifest:
     """Write the corpus to corpora/<fingerprint> unless it is there already, on the nodes with these labels. Ray must be initialised.
 
@@ -84,27 +91,34 @@ def prepare(
     each, `rests` the ends of texts in which nothing was left to score. `nothing_scored` are texts without any row.
     For each split `labelled` and `unlabelled` count rows, `scored` and `labelled_positions` positions, `label_counts` labels by name.
 
-    Raises InputError naming file and row, or the counts of what is left; or if the tokenizer does not serve the task.
+    reader_dir: of a tokenizer in whose tokens the rows are written instead, which makes a reading of the corpus `made_from["reads"]`: the
+    same rows in the same parts, so that answers to the one belong to the other, too (`encoding.read_again`).
+
+    Raises InputError naming file and row, or the counts of what is left; or if a tokenizer does not serve the task.
     """
     folder = f"corpora/{fingerprint}"
     if (existing := find(storage, folder)) is not None:
         return existing
     shares = (_share(corpus.validation), _share(corpus.test))
-    tokenizer, token_types = _load_tokenizer(task, tokenizer_dir)
+    tokenizers, token_types = _load_tokenizers(task, tokenizer_dir, reader_dir)
+    schema = encoding.fields(task, token_types, reader_dir is not None)
     with _settings(labels):
-        rows = _encoded_rows(sources.units(corpus, task), task, shares, corpus.labelled, tokenizer, token_types)
+        rows = _encoded_rows(sources.units(corpus, task), task, shares, corpus.labelled, tokenizers, schema)
         tallies, sums = _count(rows, task)
         facts = _facts(tallies, sums)
         labels = _labels(tallies, facts, task)
         progress(f"corpus: {facts['rows_read']} rows read, {sum(sums['length'].values())} tokens, {len(labels)} labels")
-        parts = {split: _write_split(rows, split, labels, corpus.part_rows, storage, folder, task, token_types) for split in SPLITS}
+        parts = {split: _write_split(rows, split, labels, corpus.part_rows, storage, folder, task, schema) for split in SPLITS}
     for split, records in parts.items():
         assert all(record.rows == corpus.part_rows for record in records[:-1]), "parts of a fixed number of rows"
         assert len({record.name for record in records}) == len(records), "each part has a name of its own"
         assert sum(record.rows for record in records) == facts["labelled"][split] + facts["unlabelled"][split], "every row is written once"
     facts["labels"] = list(labels)
-    facts["tokenizer"] = _tokenizer_print(task, tokenizer_dir)
-    facts["columns"] = {field.name: str(field.type) for field in encoding.fields(task, token_types)}
+    facts["tokenizer"] = _tokenizer_print(task, reader_dir or tokenizer_dir)
+    facts["columns"] = {field.name: str(field.type) for field in schema}
+    if reader_dir is not None:
+        _require_same_rows(storage, made_from["reads"], parts)
+        facts["reads"] = made_from["reads"]
     splits = {split: tuple(records) for split, records in parts.items()}
     manifest = Manifest(kind="corpus", fingerprint=fingerprint, made_from=dict(made_from), splits=splits, facts=facts)
     progress("corpus: " + ", ".join(f"{split} {manifest.rows(split)} rows in {len(splits[split])} parts" for split in SPLITS))
@@ -150,8 +164,8 @@ def _encoded_rows(
     task: TaskConfig,
     shares: tuple[float, float],
     labelled: float,
-    tokenizer: ray.ObjectRef[Any] | None,
-    token_types: bool,
+    tokenizers: ray.ObjectRef[Any] | None,
+    schema: pa.Schema,
 ) -> Dataset:
     """All rows of the corpus in the order of their ids, and the tallies, held in Ray's object store (on disk where it is full).
 
@@ -166,7 +180,7 @@ def _encoded_rows(
     )
     ranges = max(LEAST_RANGES, math.ceil(rows.size_bytes() / BLOCK_BYTES))
     DataContext.get_current().target_max_block_size = None
-    settings = {"task": task, "labelled": labelled, "tokenizer": tokenizer, "token_types": token_types}
+    settings = {"task": task, "labelled": labelled, "tokenizers": tokenizers, "stored": schema}
     return (
         ray.data.from_arrow_refs(rows.to_arrow_refs())
         .sort("place", boundaries=[PLACES * i // ranges for i in range(1, ranges + 1)])
@@ -201,9 +215,9 @@ def _count(rows: Dataset, task: TaskConfig) -> tuple[Tallies, dict[str, Counter[
 
 
 def _write_split(
-    rows: Dataset, split: str, labels: tuple[str, ...], part_rows: int, storage: Storage, folder: str, task: TaskConfig, token_types: bool
+    rows: Dataset, split: str, labels: tuple[str, ...], part_rows: int, storage: Storage, folder: str, task: TaskConfig, schema: pa.Schema
 ) -> list[FileRecord]:
-    settings = {"split": split, "task": task, "token_types": token_types}
+    settings = {"split": split, "task": task, "schema": schema}
     written = (
         rows.map_batches(select, batch_size=None, batch_format="pyarrow", fn_kwargs={**settings, "labels": labels})
         .repartition(target_num_rows_per_block=part_rows, strict=True)
@@ -212,10 +226,9 @@ def _write_split(
     return sorted((FileRecord.model_validate_json(row["record"]) for row in written.take_all()), key=lambda record: record.name)
 
 
-def _write_block(table: pa.Table, split: str, task: TaskConfig, token_types: bool, storage: Storage, folder: str) -> dict[str, list[str]]:
+def _write_block(table: pa.Table, split: str, task: TaskConfig, schema: pa.Schema, storage: Storage, folder: str) -> dict[str, list[str]]:
     if table.num_rows == 0:
         return {"record": []}
-    schema = encoding.fields(task, token_types)
     # Taking all rows copies them into buffers of their own: a view on a larger block would be written with other bytes.
     rows = table.select(schema.names).cast(schema).take(pa.array(range(table.num_rows), pa.int64())).combine_chunks()
     # Rows of one text differ only in the last digits of their ids, and a long text can fill several parts.
@@ -232,13 +245,19 @@ def _tokenizer_print(task: TaskConfig, folder: Path | None) -> str | None:
     return tokenizer_fingerprint(folder)
 
 
-def _load_tokenizer(task: TaskConfig, folder: Path | None) -> tuple[ray.ObjectRef[Any] | None, bool]:
-    """The tokenizer in the object store: workers on other machines may not see the folder. And whether it makes token_type_ids.
+def _load_tokenizers(task: TaskConfig, folder: Path | None, reader: Path | None) -> tuple[ray.ObjectRef[Any] | None, bool]:
+    """The tokenizer and the reader in the object store: workers on other machines may not see the folders. And whether there are token_type_ids.
 
-    Nothing for images. Raises InputError if it cannot be loaded or does not serve the task.
+    Nothing for images. Raises InputError if one cannot be loaded or does not serve the task.
     """
     if isinstance(task, ImageClassification):
         return None, False
+    assert folder is not None, "texts need a tokenizer"
+    pair = _load_tokenizer(task, folder), None if reader is None else _load_tokenizer(task, reader)
+    return ray.put(pair), encoding.makes_token_types(task, pair[1] or pair[0])
+
+
+def _load_tokenizer(task: TaskConfig, folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -249,7 +268,21 @@ def _load_tokenizer(task: TaskConfig, folder: Path | None) -> tuple[ray.ObjectRe
             found=(str(error).splitlines() or [type(error).__name__])[0],
         ) from error  # fmt: skip
     encoding.check(task, tokenizer, str(folder))
-    return ray.put(tokenizer), encoding.makes_token_types(task, tokenizer)
+    return tokenizer
+
+
+def _require_same_rows(storage: Storage, corpus: str, parts: Mapping[str, Sequence[FileRecord]]) -> None:
+    """Raise InputError unless these are the parts of a corpus, as far as their names and numbers of rows say."""
+    first = find(storage, f"corpora/{corpus}")
+    assert first is not None, "the corpus is prepared before its readings"
+    for split, records in parts.items():
+        theirs, mine = ([(record.name, record.rows) for record in each] for each in (first.splits[split], records))
+        if theirs != mine:
+            raise InputError(
+                "DST-3113", "sources have changed since the corpus was made", where=f"corpora/{corpus}, split {split}",
+                expected=f"{sum(rows for _, rows in theirs)} rows in {len(theirs)} parts", found=f"{sum(rows for _, rows in mine)} in {len(mine)}",
+                do="Run the job again: it reads them anew",
+            )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------- facts

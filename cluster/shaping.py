@@ -41,9 +41,8 @@ def read_schema(task: TaskConfig) -> pa.Schema:
     return pa.schema([("place", pa.int64()), ("id", pa.string()), ("text", content), *_TALLY])
 
 
-def encoded_schema(task: TaskConfig, token_types: bool) -> pa.Schema:
+def encoded_schema(task: TaskConfig, stored: pa.Schema) -> pa.Schema:
     """Of rows as they are stored, but the label still by its name."""
-    stored = encoding.fields(task, token_types)
     made = set(encoding.label_columns(task, [], []))
     return pa.schema([*(column for column in stored if column.name not in made), *_TALLY])
 
@@ -86,9 +85,12 @@ def fraction(purpose: str, id_: str) -> float:
 
 
 def encode_block(
-    table: pa.Table, task: TaskConfig, labelled: float, tokenizer: ray.ObjectRef[Any] | None, token_types: bool
+    table: pa.Table, task: TaskConfig, labelled: float, tokenizers: ray.ObjectRef[Any] | None, stored: pa.Schema
 ) -> Iterator[pa.Table]:
-    """The rows of a range of ids, in their order: settled between copies, then with token ids or pixels."""
+    """The rows of a range of ids, in their order: settled between copies, then with token ids or pixels.
+
+    tokenizers: the one that decides what a row is, and the one whose tokens it is read in (None: the same). stored: columns of a part.
+    """
     table = table.sort_by("id")
     ids, labels, splits = (table[name].to_pylist() for name in ("id", "label", "split"))
     tallies: Tallies = Counter()
@@ -107,12 +109,12 @@ def encode_block(
             label = None
         if split is not None:
             kept.append((members[0], label, split))
-    encode, schema = None if tokenizer is None else _tokenizer(tokenizer), encoded_schema(task, token_types)
+    pair, schema = (None, None) if tokenizers is None else _tokenizers(tokenizers), encoded_schema(task, stored)
     rows = ENCODE_IMAGES if isinstance(task, ImageClassification) else ENCODE_ROWS
     for start in range(0, len(kept), rows):
         some = kept[start : start + rows]
         part = table.select(["id", "text"]).take(pa.array([i for i, _, _ in some], pa.int64()))
-        yield _encode(part, [label for _, label, _ in some], [split for _, _, split in some], task, encode, tallies, schema)
+        yield _encode(part, [label for _, label, _ in some], [split for _, _, split in some], task, pair, tallies, schema)
     yield _tally_table(tallies, schema)
 
 
@@ -137,9 +139,19 @@ def settle(labels: Sequence[str | None], splits: Sequence[str], tallies: Tallies
 
 
 def _encode(
-    table: pa.Table, labels: list[str | None], splits: list[str], task: TaskConfig, tokenizer: Any, tallies: Tallies, schema: pa.Schema
+    table: pa.Table,
+    labels: list[str | None],
+    splits: list[str],
+    task: TaskConfig,
+    pair: tuple[Any, Any],
+    tallies: Tallies,
+    schema: pa.Schema,
 ) -> pa.Table:
-    made = encoding.encode(task, tokenizer, table["id"].to_pylist(), table["text"].to_pylist(), labels)
+    (tokenizer, reader), ids, contents = pair, table["id"].to_pylist(), table["text"].to_pylist()
+    if reader is None:
+        made = encoding.encode(task, tokenizer, ids, contents, labels)
+    else:
+        made = encoding.read_again(task, tokenizer, reader, ids, contents, labels)
     for (fact, i), count in made.tallies.items():
         tallies[fact, splits[i], None] += count
     own = {
@@ -183,21 +195,20 @@ def count_block(table: pa.Table, task: TaskConfig) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=COUNTED)
 
 
-def select(table: pa.Table, split: str, labels: tuple[str, ...], task: TaskConfig, token_types: bool) -> pa.Table:
-    """Rows of one split as they are stored."""
+def select(table: pa.Table, split: str, labels: tuple[str, ...], task: TaskConfig, schema: pa.Schema) -> pa.Table:
+    """Rows of one split as they are stored, with these columns."""
     here = [
         i
         for i, (s, fact) in enumerate(zip(table["split"].to_pylist(), table["fact"].to_pylist(), strict=True))
         if s == split and fact is None
     ]
     rows = table.take(pa.array(here, pa.int64()))
-    schema = encoding.fields(task, token_types)
     made = encoding.label_columns(task, rows["label"].to_pylist(), labels, rows["scored"].to_pylist())
     return pa.table([made[name] if name in made else rows[name] for name in schema.names], schema=schema)
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer(reference: ray.ObjectRef[Any]) -> Any:
-    """The tokenizer, unpacked once a process. One thread: Ray runs as many processes as there are CPUs."""
+def _tokenizers(reference: ray.ObjectRef[Any]) -> Any:
+    """Unpacked once a process. One thread: Ray runs as many processes as there are CPUs."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     return ray.get(reference)

@@ -172,7 +172,7 @@ def _front(student: Evaluation, facts: Facts, about: About) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     names = {"macro_f1": "f1", "pearson": "pearsonr", "spearman": "spearmanr"}
-    shown = (student.headline, *(key for key in about.columns if key in student.quality and key != "ece"))
+    shown = (student.headline, *(key for key in _columns(student, about) if key in student.quality and key != "ece"))
     results: list[Any] = [
         EvalResult(
             task_type=about.pipeline, dataset_type=facts.corpus, dataset_name=facts.corpus, metric_type=names.get(key, key),
@@ -190,6 +190,11 @@ def _front(student: Evaluation, facts: Facts, about: About) -> str:
         eval_results=results,
     )
     return str(front.to_yaml())
+
+
+def _columns(e: Evaluation, about: About) -> tuple[str, ...]:
+    """Beside the headline; of models with different tokens nothing else compares."""
+    return () if e.headline == "bits_per_byte" else about.columns
 
 
 def _limits(student: Evaluation, facts: Facts, about: About) -> list[str]:
@@ -216,7 +221,7 @@ def _limits(student: Evaluation, facts: Facts, about: About) -> list[str]:
 
 def _table(evaluations: Sequence[Evaluation], about: About) -> str:
     first = evaluations[0]
-    extra = [key for key in about.columns if all(key in e.quality for e in evaluations)]
+    extra = [key for key in _columns(first, about) if all(key in e.quality for e in evaluations)]
     near = next((key for key in ("agreement", "mse_to_teacher") if any(key in e.against for e in evaluations)), "agreement")
     lower = " (lower is better)" if first.better == "min" else ""
     titles = (METRICS[first.headline].title + lower, *(METRICS[key].title for key in extra), "retention", METRICS[near].title)
@@ -231,7 +236,7 @@ def _table(evaluations: Sequence[Evaluation], about: About) -> str:
                 f"{show(e.headline, quality[e.headline])} [{low}, {high}]",
                 *(show(key, quality[key]) for key in extra),
                 f"{beside['retention']:.1%} [{beside['retention_low']:.1%}, {beside['retention_high']:.1%}]" if beside else "",
-                show(near, beside[near]) if beside else "",
+                show(near, beside[near]) if near in beside else "",
                 f"{cost['parameters'] / 1e6:.2f} M",
                 f"{cost['latency_ms_p50']:.1f} / {cost['latency_ms_p95']:.1f}",
                 f"{cost['bytes'] / 1e6:.1f}",

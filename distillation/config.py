@@ -452,7 +452,8 @@ class ConvolutionalStudent(Config):
 
 
 class PretrainedStudent(Config):
-    """A model of its own that reads the teacher's token ids."""
+    """A model of its own. With another tokenizer than the teacher's it reads the same rows in its own tokens: where a row is one position, or
+    for `universal_logit` on a language model."""
 
     type: Literal["pretrained"]
     model: str = Field(min_length=1)

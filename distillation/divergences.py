@@ -151,6 +151,18 @@ def universal_logit(log_q: Tensor, log_p: Tensor) -> Tensor:
     return _absolute(F.pad(q, (0, width - q.shape[-1])) - F.pad(p, (0, width - p.shape[-1]))).sum(-1)
 
 
+def universal_topk(student: Tensor, teacher: Tensor) -> Tensor:
+    """`universal_logit` where of the teacher only the k most probable classes are known, in descending order, and what all others have. [N]
+
+    sum_{r <= k} |p_(r) - q_(r)| + |sum_{r > k} p_(r) - sum_{r > k} q_(r)|: never more than that of all classes, and 0 at a match.
+    Log-probabilities: student [N, V]; teacher [N, k + 1], last the others.
+    """
+    k = teacher.shape[-1] - 1
+    p, q = teacher.float().exp(), student.float().exp().topk(min(k, student.shape[-1]), dim=-1).values
+    first = F.pad(q, (0, k - q.shape[-1]))
+    return _absolute(first - p[:, :k]).sum(-1) + _absolute((1 - q.sum(-1)) - p[:, k])
+
+
 # --------------------------------------------------------------------------------------- a few classes of a teacher, all of a student
 
 
@@ -166,12 +178,16 @@ def bucketed(s: Tensor, ids: Tensor, log_p: Tensor, temperature: float, log_norm
     V, the rest is -inf on both sides.
     """
     inside = log_p > -math.inf
+    return picked(s, ids, inside, temperature, True), with_rest(log_p, temperature, log_normaliser, s.shape[-1])
+
+
+def with_rest(log_p: Tensor, temperature: float, log_normaliser: Tensor, classes: int) -> Tensor:
+    """The teacher's side of `bucketed`, of a vocabulary of so many classes: log p of the k and, last, of all others. [N, k + 1]"""
     told = log_p.float() / temperature - log_normaliser.float()[:, None]
     # Rounding may bring the sum to 1 and above it (stored in 16 bits). Kept just below, and made a distribution again.
     mass = told.exp().sum(-1, keepdim=True).clamp_max(1 - 1e-7)
-    rest = torch.log1p(-mass).masked_fill(inside.sum(-1, keepdim=True) == s.shape[-1], -math.inf)
-    told = F.log_softmax(torch.cat([told, rest], dim=-1), dim=-1)
-    return picked(s, ids, inside, temperature, True), told
+    rest = torch.log1p(-mass).masked_fill((log_p > -math.inf).sum(-1, keepdim=True) == classes, -math.inf)
+    return F.log_softmax(torch.cat([told, rest], dim=-1), dim=-1)
 
 
 def sampled_cross_entropy(s: Tensor, ids: Tensor, weights: Tensor, temperature: float) -> Tensor:

@@ -1,8 +1,14 @@
-"""Texts of language models as rows: cut into pieces of `max_length` tokens, and for masked models with some of them hidden."""
+"""Texts of language models as rows: cut into pieces of `max_length` tokens, and for masked models with some of them hidden.
+
+A reading is the same rows in the tokens of another tokenizer, and which of its places say the same as one of the first's.
+"""
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,31 +52,92 @@ def _settle(made: Encoded, i: int, kept: int, dropped: int) -> None:
     made.tallies["pieces", i] += max(0, kept - 1)
 
 
-def encode_causal(task: CausalLM, tokenizer: Any, ids: list[str], contents: list[Any], labels: list[str | None], made: Encoded) -> None:
-    """Rows of up to max_length tokens of each text; all but the first token of a row are scored.
+@dataclass(frozen=True)
+class Cut:
+    """A text in the tokens of one tokenizer."""
 
-    A text has the special tokens that the tokenizer adds; where that are none, its end-of-text token stands at the end.
+    tokens: list[int]
+    ends: list[int]
+    """Characters of the text before the first token, and at the end of each. Special tokens end where the one before them does."""
+    keys: list[int]
+    """Of each token the characters up to its end, where a whole prefix of the text is said with it and the next word is foretold; else -1.
+
+    So of several tokens of one character only the last has one, and of special tokens the last of those that a text begins with: 0.
     """
+
+
+def cuts(tokenizer: Any, contents: list[Any]) -> Iterator[Cut]:
+    """A text has the special tokens that the tokenizer adds; where that are none, its end-of-text token stands at the end."""
     end = [] if tokenizer.num_special_tokens_to_add(pair=False) or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     found = tokenizer(contents, return_offsets_mapping=True, verbose=False)
-    for i, (tokens, offsets) in enumerate(zip(found["input_ids"], found["offset_mapping"], strict=True)):
-        tokens = tokens + end
+    for tokens, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True):
+        stops = np.array([stop for _, stop in offsets] + [0] * len(end), np.int64)
+        written = np.flatnonzero(stops > 0)
+        keys = np.full(len(stops), -1, np.int64)
+        last = np.append(stops[written][1:] != stops[written][:-1], True)[: len(written)]
+        keys[written[last]] = stops[written[last]]
+        if len(written) and written[0] > 0:
+            keys[written[0] - 1] = 0
+        yield Cut(tokens + end, np.maximum.accumulate([0, *stops]).tolist(), keys.tolist())
+
+
+def encode_causal(
+    task: CausalLM, tokenizer: Any, ids: list[str], contents: list[Any], labels: list[str | None], made: Encoded, reader: Any = None
+) -> None:
+    """Rows of up to max_length tokens of each text; all but the first token of a row are scored. reader: of a reading, see `_read`."""
+    its = cuts(reader, contents) if reader is not None else itertools.repeat(None)
+    for i, (found, other) in enumerate(zip(cuts(tokenizer, contents), its, strict=False)):
+        tokens, ends = found.tokens, found.ends
         if len(tokens) > task.max_length and task.too_long == "drop":
             made.tallies["too_long", i] += 1
             continue
-        # Where the text of each token ends. Special tokens, at (0, 0), end where the one before them does.
-        ends = np.maximum.accumulate([0, *(stop for _, stop in offsets), *[0] * len(end)]).tolist()
         kept = dropped = 0
         for start in range(0, len(tokens), task.max_length):
             row = tokens[start : start + task.max_length]
             if len(row) < 2:
                 dropped += 1
                 continue
-            text, scored = contents[i][ends[start] : ends[start + len(row)]], contents[i][ends[start + 1] : ends[start + len(row)]]
-            made.add(i, None, id=piece_id(ids[i], kept), text=text.strip(), length=len(row), scored=len(row) - 1, labelled=len(row) - 1,
-                     input_ids=row, bytes=len(scored.encode()))  # fmt: skip
+            text = contents[i][ends[start] : ends[start + len(row)]]
+            columns: dict[str, Any] = _columns(found, start, start + len(row), contents[i])
+            if other is not None:
+                columns, cut_off = _read(task, contents[i], found, (start, start + len(row)), other, reader)
+                made.tallies["truncated", i] += cut_off
+            made.add(i, None, id=piece_id(ids[i], kept), text=text.strip(), **columns)
             kept += 1
         _settle(made, i, kept, dropped)
+
+
+def _columns(found: Cut, start: int, stop: int, text: str) -> dict[str, Any]:
+    """Of a row of the tokens from start to stop."""
+    scored = max(0, stop - start - 1)
+    written = text[found.ends[min(start + 1, stop)] : found.ends[stop]]
+    return {
+        "input_ids": found.tokens[start:stop],
+        "length": stop - start,
+        "scored": scored,
+        "labelled": scored,
+        "bytes": len(written.encode()),
+    }
+
+
+def _read(task: CausalLM, text: str, found: Cut, row: tuple[int, int], other: Cut, reader: Any) -> tuple[dict[str, Any], bool]:
+    """A row of another tokenizer: its tokens that end in the text of `row`, and which of its scored places are one of the row's, by `Cut.keys`.
+
+    A token that reaches over the beginning belongs to the row, and so no piece of the text is missing; beyond max_length it is cut off, and
+    that is said. Where no token ends in the row, it is one filler that nothing is said about.
+    """
+    ends, (start, stop) = other.ends[1:], row
+    first = 0 if start == 0 else bisect.bisect_right(ends, found.ends[start])
+    last = bisect.bisect_right(ends, found.ends[stop])
+    cut_off = last - first > task.max_length
+    last = min(last, first + task.max_length)
+    columns = _columns(other, first, last, text)
+    if first == last:
+        filler = next((token for token in (reader.eos_token_id, reader.pad_token_id) if token is not None), 0)
+        columns |= {"input_ids": [filler], "length": 1}
+    places = {key: place for place, key in enumerate(found.keys[start : stop - 1]) if key >= 0}
+    theirs = [places.get(key, -1) for key in other.keys[first : max(first, last - 1)]]
+    return {**columns, "theirs": theirs, "told": stop - start - 1, "aligned": sum(place >= 0 for place in theirs)}, cut_off
 
 
 def encode_masked(task: MaskedLM, tokenizer: Any, ids: list[str], contents: list[Any], labels: list[str | None], made: Encoded) -> None:

@@ -1,6 +1,7 @@
 """Rows of a corpus as they are stored: contents and labels become numbers. One function a task; numpy and pyarrow only, no Ray.
 
 encode          contents -> token ids or pixels, and where a row is scored
+read_again      the same for a student that has another tokenizer than its teacher
 label_columns   labels -> numbers, once the names of all labels are known
 fields          the columns of a part
 
@@ -11,6 +12,7 @@ name, the JSON list of names or of tags (null where a word has none), or the rep
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +20,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from distillation.config import MaskedLM, TaskConfig
+from distillation.config import CausalLM, MaskedLM, TaskConfig
 from distillation.documents import Encoded, encode_causal, encode_masked
 from distillation.errors import InputError
 
 VERSION = 1
 """Of the rules below: what they yield is part of a corpus's fingerprint."""
+
+READINGS = 1
+"""The same of the rules of readings."""
 
 UNLABELLED = -1
 
@@ -33,18 +38,24 @@ SUMS = ("length", "scored", "labelled")
 """Of the columns of every part those that are added up over a split."""
 TOKENS = ("input_ids", IDS)
 TOKEN_TYPES = ("token_type_ids", pa.list_(pa.int8()))
+ALIGNED = (("theirs", IDS), ("told", LENGTH), ("aligned", LENGTH))
+READ_AGAIN = frozenset({"text_classification", "multi_label", "regression", "embedding", "causal_lm"})
+"""Tasks whose rows another tokenizer can read: a row is one position, or its places are found by the text before them."""
 
 
 # --------------------------------------------------------------------------------------------------------------- public
 
 
-def fields(task: TaskConfig, token_types: bool = False) -> pa.Schema:
-    """Columns of a part. token_types: whether a pair also has `token_type_ids`, see `makes_token_types`.
+def fields(task: TaskConfig, token_types: bool = False, reading: bool = False) -> pa.Schema:
+    """Columns of a part. token_types: whether a pair also has `token_type_ids`, see `makes_token_types`. reading: see `read_again`.
 
     length: tokens. scored: positions that are compared. labelled: how many of them have a label; -1 or NaN stands where there is none.
+    Of a reading of a language model also theirs: for each scored position which of the first tokenizer's it is, -1 for none; told: how many
+    the first has; aligned: how many of these are one of them.
     """
     coding = ENCODINGS[task.type]
-    return pa.schema([*COMMON, *coding.content, *((TOKEN_TYPES,) if token_types else ()), *coding.label])
+    aligned = ALIGNED if reading and isinstance(task, CausalLM) else ()
+    return pa.schema([*COMMON, *coding.content, *aligned, *((TOKEN_TYPES,) if token_types else ()), *coding.label])
 
 
 def makes_token_types(task: TaskConfig, tokenizer: Any) -> bool:
@@ -88,6 +99,37 @@ def encode(
     if contents:
         ENCODINGS[task.type].encode(task, tokenizer, list(ids), list(contents), list(labels or [None] * len(contents)), made)
     return made
+
+
+def read_again(
+    task: TaskConfig, tokenizer: Any, reader: Any, ids: Sequence[str], contents: Sequence[Any], labels: Sequence[str | None] | None = None
+) -> Encoded:
+    """The rows that `encode` makes with `tokenizer`, the same ones in the same order, in the tokens of `reader`. For tasks in `READ_AGAIN`.
+
+    A row with too many of these is cut. Raises InputError if a tokenizer does not serve the task.
+    """
+    assert task.type in READ_AGAIN, "the job was checked"
+    given = list(labels or [None] * len(contents))
+    check(task, reader, "tokenizer of the student")
+    if isinstance(task, CausalLM):
+        made = Encoded()
+        check(task, tokenizer, "tokenizer")
+        if contents:
+            encode_causal(task, tokenizer, list(ids), list(contents), given, made, reader)
+        return made
+    first = encode(task, tokenizer, ids, contents, labels)
+    kept = first.source
+    again = encode(
+        task.model_copy(update={"too_long": "truncate"}),
+        reader,
+        [ids[i] for i in kept],
+        [contents[i] for i in kept],
+        [given[i] for i in kept],
+    )
+    again.source = kept
+    tallies = {key: count for key, count in first.tallies.items() if key[0] != "truncated"}
+    again.tallies = Counter({**tallies, **{(fact, kept[i]): count for (fact, i), count in again.tallies.items()}})
+    return again
 
 
 def classes(task: TaskConfig, label: str | None) -> list[str]:

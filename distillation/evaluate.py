@@ -39,6 +39,8 @@ class Candidate(NamedTuple):
     name: str
     folder: Path
     baseline: str | None = None
+    columns: Columns | None = None
+    """The rows in the tokens of its own tokenizer; None: as all others read them."""
 
 
 class Evaluation(BaseModel):
@@ -108,12 +110,15 @@ def evaluate(
     if one_label:
         require_labels(columns.whole("label"), len(labels))
     loaded = {model.name: load_trained(model.folder, task, labels).to(device) for model in models}
-    rows = {model.name: rows_for(model.folder, columns, task, labels) for model in models}
+    read = {model.name: columns if model.columns is None else model.columns for model in models}
+    rows = {model.name: rows_for(model.folder, read[model.name], task, labels) for model in models}
     networks = {name: Network(model, task).eval() for name, model in loaded.items()}
     found = gather(networks, rows, teacher, batches_of(rows[teacher].lengths, task, batch_tokens), bf16, device)
-    judged = _judge(models, teacher, rows[teacher].task, found, columns, seed)
+    # A perplexity is of tokens, which are others for another tokenizer; bits per byte are of the text.
+    headline = "bits_per_byte" if any(its.other_places for its in rows.values()) else rows[teacher].task.headline
+    judged = _judge(models, teacher, rows[teacher].task, found, columns, seed, headline)
     pairs = [(loaded[model.name], model.folder) for model in models]
-    measured = costs(pairs, columns, task, labels, batch_tokens, bf16, device, threads, repeats, seed)
+    measured = costs(pairs, list(read.values()), task, labels, batch_tokens, bf16, device, threads, repeats, seed)
     cost = {model.name: each for model, each in zip(models, measured, strict=True)}
     return [
         Evaluation(
@@ -135,7 +140,7 @@ def evaluate(
             ratios={} if role == "teacher" else ratios(cost[name], cost[teacher]),
             **(_by_class(found[name], found[teacher], columns, labels, seed) if one_label else _by_word(found[name])),
         )
-        for role, name, _, baseline in models
+        for role, name, _, baseline, _ in models
     ]
 
 
@@ -157,21 +162,25 @@ def _by_word(mine: Gathered) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------------- judging
 
 
-def _judge(models: Sequence[Candidate], teacher: str, task: Task, found: Mapping[str, Gathered], columns: Columns, seed: int) -> Judged:
+def _judge(
+    models: Sequence[Candidate], teacher: str, task: Task, found: Mapping[str, Gathered], columns: Columns, seed: int, headline: str
+) -> Judged:
     if isinstance(task.config, Embedding):
         return _embeddings(models, teacher, found, columns, seed)
     if not isinstance(task.config, TextClassification | ImageClassification):
-        return _sums(models, teacher, task, found, columns, seed)
+        return _sums(models, teacher, task, found, columns, seed, headline)
     said, truth = {name: each.said for name, each in found.items()}, columns.whole("label")
     beside = {
         name: against(said[name], said[teacher], truth, None if baseline is None else said[baseline], seed=seed)  # type: ignore[arg-type]
-        for role, name, _, baseline in models
+        for role, name, _, baseline, _ in models
         if role != "teacher"
     }
     return Judged("accuracy", "max", {name: quality(each, truth) for name, each in said.items() if each is not None}, beside)
 
 
-def _sums(models: Sequence[Candidate], teacher: str, task: Task, found: Mapping[str, Gathered], columns: Columns, seed: int) -> Judged:
+def _sums(
+    models: Sequence[Candidate], teacher: str, task: Task, found: Mapping[str, Gathered], columns: Columns, seed: int, headline: str
+) -> Judged:
     """Tasks whose score is a function of sums over rows."""
     sums = {name: each.sums for name, each in found.items()}
     known = sums[teacher][:, 0] > 0  # the first statistic counts what has a label
@@ -179,11 +188,11 @@ def _sums(models: Sequence[Candidate], teacher: str, task: Task, found: Mapping[
         raise InputError("DST-3321", "no labelled row to evaluate on", expected="a split with labels", found=f"{len(known)} rows without")
     better: Better = "min" if task.better == "min" else "max"
     judged = _compared(
-        models, teacher, task.headline, better, {name: each[known] for name, each in sums.items()},
-        lambda drawn: task.metrics(drawn)[task.headline], seed,
+        models, teacher, headline, better, {name: each[known] for name, each in sums.items()},
+        lambda drawn: task.metrics(drawn)[headline], seed,
     )  # fmt: skip
     for name, each in sums.items():
-        metrics = {key: value for key, value in task.scores(each.sum(0)).items() if key != task.headline}
+        metrics = {key: value for key, value in task.scores(each.sum(0)).items() if key != headline}
         if isinstance(task.config, Regression):
             metrics["spearman"] = _spearman(found[name], columns.whole("label"), known)
         judged.quality[name].update({key: value for key, value in metrics.items() if key not in BESIDE})
@@ -242,5 +251,5 @@ def _compared(
             do="Look at the teacher and at the labels",
         )  # fmt: skip
     samples = {name: scored(score, each) for name, each in redraw(sums, seed).items()}
-    beside = {name: compare(better, value, samples, name, teacher, baseline) for role, name, _, baseline in models if role != "teacher"}
+    beside = {name: compare(better, value, samples, name, teacher, baseline) for role, name, _, baseline, _ in models if role != "teacher"}
     return Judged(headline, better, {name: {headline: value[name], **bounds(headline, samples[name])} for name in sums}, beside)

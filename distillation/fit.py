@@ -56,7 +56,8 @@ def train(config: FitConfig, session: Session, made_from: Mapping[str, Any]) -> 
     teacher = model_folder(storage, config.teacher) if config.teacher else None
     source = _own_folder(config) if isinstance(config.student, PretrainedStudent) else teacher
     assert source is not None
-    if teacher is not None and source != teacher and not isinstance(config.task, ImageClassification):
+    reads_its_own = _is_reading(storage, config.corpus)
+    if teacher is not None and source != teacher and not reads_its_own and not isinstance(config.task, ImageClassification):
         models.require_same_vocabulary(source, teacher)
     task, training = reader(config.task, source, config.labels), config.training
     start = model_folder(storage, config.start) if config.start is not None else None
@@ -78,12 +79,18 @@ def train(config: FitConfig, session: Session, made_from: Mapping[str, Any]) -> 
     if not config.keep_model:
         return result
     if session.rank == 0 and store.find(storage, config.output) is None:
-        # The tokenizer that cut the corpus goes with the student, also with a pretrained one.
+        # The tokenizer whose ids it has read goes with the student, also with a pretrained one.
         told = {"result": result, "history": checkpoints.history}
-        _commit(storage, config, module, start or teacher or source, kept, table, told, made_from)
+        _commit(storage, config, module, start or (source if reads_its_own else teacher or source), kept, table, told, made_from)
         discard_checkpoints(storage, config.output)
     session.all_reduce(torch.zeros(1, device=session.device))  # nobody leaves before the model is committed
     return result
+
+
+def _is_reading(storage: Storage, corpus: str) -> bool:
+    """Whether a corpus is another one in the tokens of a student's own tokenizer."""
+    manifest = store.find(storage, corpus)
+    return manifest is not None and "reads" in manifest.facts
 
 
 def _require_answers(config: FitConfig, rows: Rows) -> None:

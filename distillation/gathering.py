@@ -46,12 +46,12 @@ def gather(
             gathered.confusion = np.zeros((len(task.labels), len(task.labels)), np.int64)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for chosen in batches:
-            read = {name: rows[name].batch(chosen).to(device) for name in networks}
+            for name in (name for name in networks if rows[name].other_places):
+                _gather_alone(found[name], networks[name], rows[name], chosen, device)
+            read = {name: rows[name].batch(chosen).to(device) for name in networks if not rows[name].other_places}
             if task.speaks:
                 read = _judged_alike(read)
-            said = {
-                name: net(read[name].inputs, read[name].scored, read[name].tokens, read[name].lengths) for name, net in networks.items()
-            }
+            said = {name: networks[name](its.inputs, its.scored, its.tokens, its.lengths) for name, its in read.items()}
             if isinstance(task.config, Embedding):
                 for name, outputs in said.items():
                     _keep(found[name], chosen, outputs.pooled)
@@ -64,6 +64,12 @@ def gather(
     for name, gathered in found.items():
         require_finite(gathered.sums if gathered.said is None else gathered.said, name)
     return found
+
+
+def _gather_alone(gathered: Gathered, network: Network, rows: Rows, chosen: np.ndarray, device: torch.device) -> None:
+    """A model that reads the rows in tokens of its own: nothing of what it says stands beside the teacher's."""
+    batch = rows.batch(chosen).to(device)
+    gathered.sums[chosen] += rows.task.statistics(network(batch.inputs, batch.scored, batch.tokens, batch.lengths), batch).numpy()
 
 
 def _judged_alike(read: Mapping[str, Batch]) -> dict[str, Batch]:

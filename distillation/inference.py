@@ -142,7 +142,7 @@ def cost(
 
 def costs(
     measured: Sequence[tuple[Any, Path]],
-    columns: Columns,
+    columns: Columns | Sequence[Columns],
     task: TaskConfig,
     labels: Sequence[str],
     batch_tokens: int,
@@ -154,10 +154,12 @@ def costs(
 ) -> list[dict[str, float]]:
     """As `cost`, of several loaded models that take turns: what else the machine does meanwhile falls on all of them alike.
 
-    measured: each with the folder whose config.json says how it reads rows, and whose weights are counted in bytes.
+    measured: each with the folder whose config.json says how it reads rows, and whose weights are counted in bytes. columns: the rows, or
+    for each model as it reads them.
     """
     networks, before = [model for model, _ in measured], torch.get_num_threads()
-    rows = [rows_for(folder, columns, task, labels) for _, folder in measured]
+    each = [columns] * len(measured) if isinstance(columns, Columns) else columns
+    rows = [rows_for(folder, its, task, labels) for (_, folder), its in zip(measured, each, strict=True)]
     lengths = rows[0].lengths
     median = np.argsort(lengths, kind="stable")[len(lengths) // 2 :][:1]
     drawn = np.random.default_rng(seed).permutation(len(lengths))
@@ -177,7 +179,7 @@ def costs(
             ]
     finally:
         torch.set_num_threads(before)
-    tokens = {} if isinstance(task, ImageClassification) else {"tokens_per_second": float(lengths[sample].sum())}
+    counted = () if isinstance(task, ImageClassification) else ("tokens_per_second",)
     return [
         {
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -186,7 +188,7 @@ def costs(
             "latency_ms_p50": float(np.percentile(milliseconds[i], 50)),
             "latency_ms_p95": float(np.percentile(milliseconds[i], 95)),
             "rows_per_second": len(sample) / seconds[i],
-            **{name: count / seconds[i] for name, count in tokens.items()},
+            **{name: float(rows[i].lengths[sample].sum()) / seconds[i] for name in counted},
             "threads": threads,
         }
         for i, (model, folder) in enumerate(measured)

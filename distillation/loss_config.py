@@ -146,8 +146,12 @@ class _OfLogits(_Soft):
     needs: ClassVar[frozenset[str]] = frozenset({"logits"})
 
 
-class UniversalLogit(_OfLogits):
-    """L1 distance of the sorted probabilities, 0 to 2, for vocabularies that do not match (ULD, Boizard et al. 2024)."""
+class UniversalLogit(_Soft):
+    """L1 distance of the sorted probabilities, 0 to 2, for vocabularies that do not match (ULD, Boizard et al. 2024).
+
+    Of top-k targets the rest counts as one class more, last on both sides. A student with another tokenizer is compared where one of its
+    tokens ends at the same character as one of the teacher's, and averaged over these places.
+    """
 
     type: Literal["universal_logit"]
     temperature: Temperature = 1.0

@@ -99,9 +99,16 @@ def _decoupled_kd(config: Any, logits: Tensor, batch: Batch) -> Tensor:
 
 
 def _universal_logit(config: Any, logits: Tensor, batch: Batch) -> Tensor:
-    told = signal_of(config, batch).logits
-    assert told is not None
-    return divergences.universal_logit(*(divergences.soften(values, config.temperature) for values in (logits, told)))
+    told, log_q = signal_of(config, batch), divergences.soften(logits, config.temperature)
+    if told.logits is not None:
+        values = divergences.universal_logit(log_q, divergences.soften(told.logits, config.temperature))
+    else:
+        assert told.log_p is not None, "the job was checked: the store has a distribution"
+        # How many classes the teacher has does not matter: where it has no others, what is left over is rounding.
+        values = divergences.universal_topk(
+            log_q, divergences.with_rest(told.log_p, config.temperature, told.normaliser(config.temperature), 0)
+        )
+    return values if told.known is None else torch.where(told.known, values, 0.0)
 
 
 def _dist(config: Any, logits: Tensor, batch: Batch) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import re
@@ -138,23 +139,34 @@ def kept_table(folder: Path) -> np.ndarray | None:
     return table
 
 
-def require_same_vocabulary(one: Path, other: Path) -> None:
-    """Raise InputError unless both tokenizers give every token the same id: stored ids mean the same to both models."""
-    from transformers import AutoTokenizer
+def same_vocabulary(one: Path, other: Path) -> bool:
+    """Whether both tokenizers give every token the same id: stored ids mean the same to both models."""
+    prints = tokenizer_fingerprint(one), tokenizer_fingerprint(other)
+    return prints[0] == prints[1] or _vocabulary(one, prints[0]) == _vocabulary(other, prints[1])
 
-    if tokenizer_fingerprint(one) == tokenizer_fingerprint(other):
-        return
-    mine, its = (AutoTokenizer.from_pretrained(f, trust_remote_code=False, local_files_only=True).get_vocab() for f in (one, other))
-    if mine != its:
+
+def require_same_vocabulary(one: Path, other: Path, unless: str = "") -> None:
+    """Raise InputError unless both tokenizers give every token the same id. unless: what else a user can do."""
+    if not same_vocabulary(one, other):
+        mine, its = (_vocabulary(folder, tokenizer_fingerprint(folder)) for folder in (one, other))
         different = sum(its.get(token) != number for token, number in mine.items())
         raise InputError(
             "DST-3212", "student and teacher have different tokenizers", where=str(one), expected=f"the {len(its)} tokens of {other}",
-            found=f"{len(mine)} tokens, {different} of them others", do="Take a student of the teacher's family",
+            found=f"{len(mine)} tokens, {different} of them others", do=f"Take a student of the teacher's family{unless and ', or '}{unless}",
         )  # fmt: skip
 
 
-def require_tokenizer_fits(folder: Path) -> None:
-    """Raise InputError if the tokenizer of a model folder makes ids that its embedding does not have."""
+@functools.lru_cache(maxsize=8)
+def _vocabulary(folder: Path, fingerprint: str) -> Mapping[str, int]:
+    """Id of every token. A search asks at every trial."""
+    from transformers import AutoTokenizer
+
+    found: Mapping[str, int] = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True).get_vocab()
+    return found
+
+
+def require_tokenizer_fits(folder: Path) -> Any:
+    """The tokenizer of a model folder. Raises InputError if it makes ids that the model's embedding does not have."""
     from transformers import AutoTokenizer
 
     size = read_config(folder).get("vocab_size")
@@ -167,6 +179,7 @@ def require_tokenizer_fits(folder: Path) -> None:
             "DST-3213", "tokenizer does not match the model", where=str(folder), expected=f"token ids below {size}, as the model has",
             found=f"ids up to {largest}", do="Put the model's own tokenizer into the folder",
         )  # fmt: skip
+    return tokenizer
 
 
 def weights_fingerprint(folder: Path) -> str:

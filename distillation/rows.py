@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,6 +62,9 @@ class Rows:
         self._corpus, self.targets, self.task, self._table = corpus, dict(targets), task, table
         self.lengths = corpus.whole("length")
         self.scored, self._labelled = corpus.whole("scored"), corpus.whole("labelled")
+        self.other_places = "aligned" in corpus.schema.names
+        """Whether they are a language model's in other tokens than the teacher's."""
+        self._compared = corpus.whole("aligned") if self.other_places else self.scored
         lists = {field.name: pa.types.is_list(field.type) for field in corpus.schema if field.name not in ("id", "text", "length")}
         self._ragged = [name for name, ragged in lists.items() if ragged]
         self._plain = {name: corpus.whole(name) for name, ragged in lists.items() if not ragged} | {"length": self.lengths}
@@ -75,8 +78,8 @@ class Rows:
         return np.flatnonzero(self._labelled > 0)
 
     def count(self, rows: np.ndarray, unit: Unit) -> int:
-        """How much of a unit there is in these rows."""
-        each = {"labels": self._labelled, "positions": self.scored, "tokens": self.lengths}
+        """How much of a unit there is in these rows; of positions those that a teacher says something about."""
+        each = {"labels": self._labelled, "positions": self._compared, "tokens": self.lengths}
         return len(rows) if unit == "rows" else int(each[unit][rows].sum())
 
     def known(self, logits: torch.Tensor) -> torch.Tensor:
@@ -93,7 +96,10 @@ class Rows:
 
     def batch(self, rows: np.ndarray) -> Batch:
         columns = {name: self._corpus.ragged(name, rows) for name in self._ragged} | {n: v[rows] for n, v in self._plain.items()}
-        batch = self.task.collate(self.ids(rows), columns, {name: targets.signal(rows) for name, targets in self.targets.items()})
+        signals = {name: targets.signal(rows) for name, targets in self.targets.items()}
+        if "theirs" in columns:
+            signals = _aligned(signals, columns["theirs"], columns["told"])
+        batch = self.task.collate(self.ids(rows), columns, signals)
         return batch if self._table is None else self.task.translate(batch, self._table)
 
     def used(self, size: int) -> np.ndarray:
@@ -105,6 +111,14 @@ class Rows:
         return counts
 
 
+def _aligned(signals: Mapping[str, TeacherSignal], theirs: Sequence[np.ndarray], told: np.ndarray) -> dict[str, TeacherSignal]:
+    """What was said about the positions of another tokenizer, at those of a reading. told: how many each row has of the other's."""
+    starts = np.repeat(np.cumsum(told, dtype=np.int64) - told, [len(row) for row in theirs])
+    flat = np.concatenate(theirs).astype(np.int64)
+    index = torch.from_numpy(np.where(flat < 0, -1, starts + flat))
+    return {name: signal.at(index) for name, signal in signals.items()}
+
+
 def open_rows(storage: Storage, corpus: str, targets: Mapping[str, str], split: str, task: Task, table: np.ndarray | None = None) -> Rows:
     """Open a split, every file checked. targets: folder of the store of each teacher. table: as of `Rows`.
 
@@ -114,9 +128,11 @@ def open_rows(storage: Storage, corpus: str, targets: Mapping[str, str], split: 
     opened = {}
     for name, folder in targets.items():
         its, target_columns = open_columns(storage, folder, "targets", split)
-        if its.facts["corpus"] != manifest.fingerprint or len(target_columns) != len(columns):
+        # Of a reading, what was said about the corpus that it reads.
+        answered = manifest.facts.get("reads", manifest.fingerprint)
+        if its.facts["corpus"] != answered or len(target_columns) != len(columns):
             raise InputError(
-                "DST-3110", "targets belong to another corpus", where=storage.path(folder), expected=manifest.fingerprint,
+                "DST-3110", "targets belong to another corpus", where=storage.path(folder), expected=answered,
                 found=str(its.facts["corpus"]), do="Run `distill teach` again",
             )  # fmt: skip
         opened[name] = Targets(target_columns, TargetsConfig.model_validate(its.facts["targets"]))

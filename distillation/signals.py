@@ -22,6 +22,10 @@ CHUNK_VALUES = 1 << 22
 """Logits that exist at once where the classes are a vocabulary: 16 MB in fp32."""
 
 
+OF_CLASSES = ("logits", "ids", "log_p", "weights", "normalisers")
+"""Fields of a signal that tell of the classes at a position."""
+
+
 @dataclass(frozen=True)
 class TeacherSignal:
     """What a teacher said. Fields that were not asked for are None."""
@@ -40,6 +44,8 @@ class TeacherSignal:
     """Those of `normalisers`; of the draws the only one."""
     label_log_p: Tensor | None = None
     """[N] log-probability of the label, 0 where there is none."""
+    known: Tensor | None = None
+    """[N] bool, where a student with another tokenizer has a position of the teacher's; its classes are not the student's. None: all, and are."""
     hidden: Tensor | None = None
     """[N or T, L, H], outputs of the layers `layers`."""
     layers: tuple[int, ...] = ()
@@ -56,8 +62,13 @@ class TeacherSignal:
 
     def part(self, chosen: slice) -> TeacherSignal:
         """What was said about some of the positions, as far as it is about their classes."""
-        names = ("logits", "ids", "log_p", "weights", "normalisers", "label_log_p")
+        names = (*OF_CLASSES, "label_log_p", "known")
         return replace(self, **{name: value[chosen] for name in names if (value := getattr(self, name)) is not None})
+
+    def at(self, index: Tensor) -> TeacherSignal:
+        """What was said about the classes, at the positions of a student with another tokenizer. index: of the position there, -1 for none, [N]."""
+        there: dict[str, Any] = {name: value[index.clamp(min=0)] for name in OF_CLASSES if (value := getattr(self, name)) is not None}
+        return TeacherSignal(**there, temperatures=self.temperatures, known=index >= 0)
 
     def normaliser(self, temperature: float) -> Tensor:
         """[N] for one of `temperatures`, or 0 at 1."""

@@ -93,11 +93,7 @@ def build_student(
 
 def require_buildable(config: StudentConfig, model: Path, task: TaskConfig) -> None:
     """Raise now what `build_student` would raise after the teacher was trained. model: the folder the teacher starts from; no tensor is read."""
-    if isinstance(config, PretrainedStudent):
-        if not isinstance(task, ImageClassification):
-            own = models.locate(config.model, revision=config.revision, pickled_weights=config.pickled_weights)
-            models.require_same_vocabulary(own, model)
-    elif isinstance(config, LayersStudent | ScratchStudent | ConvolutionalStudent):
+    if isinstance(config, LayersStudent | ScratchStudent | ConvolutionalStudent):
         settings = _settings(model, None)
         if isinstance(config, LayersStudent):
             if config.cuts_width:

@@ -123,7 +123,7 @@ class _Classes(Task):
         picked = logits.gather(1, batch.labels.clamp(min=0)[:, None])[:, 0] - logits.logsumexp(-1)
         found = [labelled, (answers == batch.labels) & labelled, torch.where(labelled, -picked, 0.0)]
         signal = batch.signal
-        if signal.logits is None and signal.log_p is None:
+        if (signal.logits is None and signal.log_p is None) or signal.known is not None:
             return [*found, zero, zero, zero]
         log_q, log_p = signal.pair(logits, 1.0)
         if signal.logits is not None:

@@ -28,6 +28,7 @@ from distillation.config import (
     TopKLogits,
     needs_of,
 )
+from distillation.encoding import READ_AGAIN
 from distillation.errors import ConfigError, InputError
 from distillation.features import layer_map
 from distillation.students import chosen_layers, cut_config
@@ -199,6 +200,31 @@ def check_student(job: JobConfig, name: str, student: Any, configs: Mapping[str,
     for key, loss in with_layers(job, own_depth, configs).items():
         for teacher in asked(loss, job):
             _check_term(job, f"losses.{key}", loss, name, student, (own_depth, own_width, own), teacher, configs[teacher])
+
+
+def reads_its_own(job: JobConfig, student: Any, own: Path, model: Path) -> bool:
+    """Whether a pretrained student has another tokenizer than the teacher in `model`, and so a reading of the corpus of its own.
+
+    Raises InputError where it has, and the task or a loss compares the two token by token.
+    """
+    if isinstance(job.task, ImageClassification) or models.same_vocabulary(own, model):
+        return False
+    language, losses = isinstance(job.task, CausalLM), {n: loss for n, loss in job.active_losses.items() if needs_of(loss) != {"labels"}}
+    features = [job.targets(name).features for name in job.all_teachers]
+    by_token = {"relations", "attentions"} | ({"hidden"} if any(each and each.at == "tokens" for each in features) else set())
+    bound = [n for n, loss in losses.items() if (loss.type != "universal_logit" if language else needs_of(loss) & by_token)]
+    if job.task.type not in READ_AGAIN:
+        models.require_same_vocabulary(own, model)
+    if bound:
+        what = (
+            "let universal_logit be the only loss that asks the teacher"
+            if language
+            else f"leave out losses.{bound[0]}, which goes by token"
+        )
+        models.require_same_vocabulary(own, model, what)
+    if any(job.all_teachers[name].live for name in job.asked_teachers):
+        models.require_same_vocabulary(own, model, "let no teacher be live: it would read the student's tokens")
+    return True
 
 
 def _check_term(

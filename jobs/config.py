@@ -187,7 +187,8 @@ class JobConfig(Config):
                 continue
             if needs and getattr(user, "teacher", None) is None and len(held) > 1 and not isinstance(user, ProbeStudent):
                 yield f"{path}.teacher: say which of {', '.join(held)}"
-            if isinstance(getattr(user, "teacher", None), dict) and not needs & {"distribution", "distribution or draws"}:
+            mixes = needs & {"distribution", "distribution or draws"} and user.type != "universal_logit"
+            if isinstance(getattr(user, "teacher", None), dict) and not mixes:
                 yield f"{path}.teacher: {user.type} looks at one teacher; name it"
             for name in asked(user, self) if needs else ():
                 for need in sorted(needs - held[name]):

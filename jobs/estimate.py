@@ -75,6 +75,10 @@ def lines(plan: Plan) -> list[Line]:
     rows, tokens = sum(size.rows.values()), sum(size.tokens.values())
     note = "" if size.exact else "estimated from a sample"
     found = [Line("corpus", _state(plan, plan.corpus), rows, tokens, size.bytes_per_row, int(rows * size.bytes_per_row), 0.0, note)]
+    for reading in plan.readings:
+        title = f"read by {reading.tokenizer.name}"
+        found.append(Line(title, _state(plan, reading.stage), rows, tokens, size.bytes_per_row, int(rows * size.bytes_per_row), 0.0,
+                          "the same rows in a student's own tokens, counted as the corpus's"))  # fmt: skip
     for name, teacher in job.all_teachers.items():
         if teacher.training:
             own = body_parameters(read_config(plan.models[name]))

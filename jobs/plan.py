@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.config import ROLES
-from cluster.corpus import corpus_fingerprint
-from distillation import models, store
+from cluster.corpus import corpus_fingerprint, reading_fingerprint
+from distillation import encoding, models, store
 from distillation.config import (
     FitConfig,
     ImageClassification,
@@ -23,11 +23,12 @@ from distillation.config import (
     hard_loss,
     only_labels,
 )
+from distillation.errors import ConfigError
 from distillation.network import relation_modules
 from distillation.storage import Storage
 from distillation.store import Manifest
 from distillation.students import outline, require_buildable
-from jobs.checks import check_student, check_teacher, depth_of_student, locate, with_layers
+from jobs.checks import check_student, check_teacher, depth_of_student, locate, reads_its_own, with_layers
 from jobs.config import JobConfig
 
 
@@ -46,6 +47,14 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """The corpus in the tokens of a student's own tokenizer."""
+
+    stage: Stage
+    tokenizer: Path
+
+
+@dataclass(frozen=True)
 class Run:
     """The training of one student or baseline."""
 
@@ -59,6 +68,8 @@ class Run:
     training: TrainingConfig
     start: Stage | None = None
     """The finished student that is trained further."""
+    reading: Reading | None = None
+    """Instead of the corpus."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,11 @@ class Plan:
     @property
     def lead(self) -> str:
         return next(iter(self.models))
+
+    @property
+    def readings(self) -> list[Reading]:
+        """Each once."""
+        return list({run.reading.stage.folder: run.reading for run in self.runs if run.reading}.values())
 
     @property
     def teacher(self) -> Stage:
@@ -128,7 +144,13 @@ class Plan:
         for name, student in job.all_students.items():
             check_student(job, name, student, self.configs)
         targets = {name: stage for name, stage in self.targets.items() if name in job.asked_teachers}
-        return replace(self, job=job, runs=tuple(_runs(job, self.configs, self.corpus, self.teachers, targets)))
+        runs = tuple(_runs(job, self.configs, self.corpus, self.teachers, targets, self.model))
+        if other := [run.name for run in runs if run.reading]:
+            raise ConfigError(
+                "DST-2041", "a search compares students of one tokenizer", where="search.space", expected="students with the teacher's tokenizer",
+                found=f"{other[0]} has its own", do="Leave it out, or distil it with `distill run`",
+            )  # fmt: skip
+        return replace(self, job=job, runs=runs)
 
     @property
     def configs(self) -> dict[str, dict[str, Any]]:
@@ -147,7 +169,7 @@ class Plan:
         # Also a term that counts for nothing now may tell at the evaluations how far the teacher is.
         asks = isinstance(run.student, ProbeStudent) or (run.role == "student" and run.start is None)
         targets = {name: stage.folder for name, stage in self.targets.items()} if asks else {}
-        return self._fit(run.name, run.student, run.losses, training, run.stage, teacher=self.teacher.folder, targets=targets,
+        return self._fit(run.name, run.student, run.losses, training, run.stage, run.reading, teacher=self.teacher.folder, targets=targets,
                          live=self._live() if asks else {}, start=run.start and run.start.folder)  # fmt: skip
 
     def _live(self) -> dict[str, LiveTeacher]:
@@ -158,11 +180,14 @@ class Plan:
             if teacher.live and name in asked
         }
 
-    def _fit(self, name: str, student: Any, losses: Mapping[str, Any], training: TrainingConfig, stage: Stage, **more: Any) -> FitConfig:
-        features = self.job.targets(self.lead).features
+    def _fit(
+        self, name: str, student: Any, losses: Mapping[str, Any], training: TrainingConfig, stage: Stage, reading: Reading | None = None,
+        **more: Any,
+    ) -> FitConfig:  # fmt: skip
+        features, corpus = self.job.targets(self.lead).features, reading.stage if reading else self.corpus
         return FitConfig(
             name=name, task=self.job.task, labels=self.labels(), student=student, losses=dict(losses), training=training,
-            storage=self.job.cluster.storage, corpus=self.corpus.folder, output=stage.folder, fingerprint=stage.fingerprint,
+            storage=self.job.cluster.storage, corpus=corpus.folder, output=stage.folder, fingerprint=stage.fingerprint,
             features_at=features.at if features else "scored", lead=self.lead,
             widths={name: models.width_of(config) or 0 for name, config in self.configs.items()}, **more,
         )  # fmt: skip
@@ -196,14 +221,14 @@ def make_plan(job: JobConfig) -> Plan:
         }  # fmt: skip
         if name in job.asked_teachers and not teacher.live:
             targets[name] = _stage("targets", store.fingerprint(targets_from), targets_from)
-    return Plan(job, storage, folders, corpus, teachers, targets, tuple(_runs(job, configs, corpus, teachers, targets)))
+    return Plan(job, storage, folders, corpus, teachers, targets, tuple(_runs(job, configs, corpus, teachers, targets, model)))
 
 
 def require_possible(plan: Plan) -> None:
     """Raise what the plan does not look at as it loads transformers: whether tokenizers fit, whether students can be built. Reads no tensor."""
     if not isinstance(plan.job.task, ImageClassification):
-        for folder in plan.models.values():
-            models.require_tokenizer_fits(folder)
+        for folder in [*plan.models.values(), *(reading.tokenizer for reading in plan.readings)]:
+            encoding.check(plan.job.task, models.require_tokenizer_fits(folder), str(folder))
     for student in plan.job.all_students.values():
         require_buildable(student, plan.model, plan.job.task)
     if any(isinstance(loss, RelationKL) for loss in plan.job.active_losses.values()):
@@ -217,15 +242,17 @@ def _tokenizer(task: TaskConfig, folder: Path) -> str | None:
 
 
 def _runs(
-    job: JobConfig, configs: Mapping[str, Mapping[str, Any]], corpus: Stage, teachers: Mapping[str, Stage], targets: Mapping[str, Stage]
-) -> list[Run]:
+    job: JobConfig, configs: Mapping[str, Mapping[str, Any]], corpus: Stage, teachers: Mapping[str, Stage], targets: Mapping[str, Stage],
+    model: Path,
+) -> list[Run]:  # fmt: skip
     runs = []
     teacher = next(iter(teachers.values()))
     depth = models.depth_of(next(iter(configs.values()))) or 0
     for name, student in job.all_students.items():
-        losses = with_layers(job, depth_of_student(student, depth), configs)
+        losses, reading = with_layers(job, depth_of_student(student, depth), configs), _reading(job, student, corpus, model)
         start = {
-            "corpus": corpus.fingerprint, "teacher": teacher.fingerprint, "student": _student(student), "training": _training(job, job.training)
+            "corpus": (reading.stage if reading else corpus).fingerprint, "teacher": teacher.fingerprint, "student": _student(student),
+            "training": _training(job, job.training),
         }  # fmt: skip
         asked = {one: stage.fingerprint for one, stage in targets.items()}
         live = {
@@ -234,7 +261,7 @@ def _runs(
         made_from = {**start, "targets": asked, "live": live, "losses": _losses(losses)}
         baseline = f"{name}-baseline" if job.baseline and job.asked_teachers else None
         stage = _stage("students", store.fingerprint(made_from), made_from)
-        runs.append(Run(name, "student", student, losses, stage, baseline, job.training))
+        runs.append(Run(name, "student", student, losses, stage, baseline, job.training, reading=reading))
         if baseline:
             # A probe without the teacher's answers still reads its features. The student's losses matter for the number of steps only:
             # an epoch has fewer where they score labelled rows alone.
@@ -242,12 +269,20 @@ def _runs(
             epoch = "labelled rows" if only_labels(losses) else "all rows"
             plain = {**start, "targets": reads, "losses": _losses(job.baseline_losses), "steps_of": epoch}
             its = _stage("students", store.fingerprint(plain), plain)
-            runs.append(Run(baseline, "baseline", student, job.baseline_losses, its, None, job.training))
+            runs.append(Run(baseline, "baseline", student, job.baseline_losses, its, None, job.training, reading=reading))
         if job.finetune:
             tuned_from = {"start": stage.fingerprint, "training": _training(job, job.finetune), "losses": _losses(job.baseline_losses)}
             its = _stage("students", store.fingerprint(tuned_from), tuned_from)
-            runs.append(Run(f"{name}-tuned", "student", student, job.baseline_losses, its, None, job.finetune, start=stage))
+            runs.append(
+                Run(f"{name}-tuned", "student", student, job.baseline_losses, its, None, job.finetune, start=stage, reading=reading)
+            )
     return runs
+
+
+def _reading(job: JobConfig, student: Any, corpus: Stage, model: Path) -> Reading | None:
+    if not isinstance(student, PretrainedStudent) or not reads_its_own(job, student, own := locate(student), model):
+        return None
+    return Reading(_stage("corpora", *reading_fingerprint(corpus.fingerprint, corpus.made_from, own)), own)
 
 
 def _stage(kind: str, fingerprint: str, made_from: Mapping[str, Any]) -> Stage:

@@ -74,10 +74,11 @@ def conditions(evaluations: Sequence[Evaluation]) -> str:
     e = evaluations[0]
     interval = "accuracy: Wilson; retention: paired bootstrap" if e.headline == "accuracy" else "paired bootstrap over rows"
     lower = f"Of {METRICS[e.headline].title} less is better: retention is the teacher's over the model's. " if e.better == "min" else ""
+    other = "A student has other tokens than its teacher, and perplexities do not compare. " if e.headline == "bits_per_byte" else ""
     scored = f", {e.positions:,} scored positions" if e.positions > e.rows else ""
     return (
         f"{e.rows:,} rows, {e.labelled:,} labelled{scored}; {e.device}, {e.precision}, {int(e.cost['threads'])} threads. "
-        f"± is half of a 95 % interval ({interval}). {lower}"
+        f"± is half of a 95 % interval ({interval}). {lower}{other}"
         f"FLOPs: a row of median length. ms: one row at a time."
     )
 

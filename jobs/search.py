@@ -60,6 +60,7 @@ def search(job: JobConfig, console: Console) -> None:
         raise ConfigError("DST-2018", "job has no search", where=job.name, expected="a section `search` with a space", found="none",
                           do="Add one: `distill recipes cp quickstart` shows how")  # fmt: skip
     plan = make_plan(job)
+    plan.vary(job)
     folder = folder_of(job)
     made_from = {
         "job": job.model_dump(mode="json", exclude=MAY_CHANGE),

@@ -28,7 +28,7 @@ from jobs import report
 from jobs.config import dump, flat
 from jobs.estimate import require_budget
 from jobs.figures import figures
-from jobs.plan import Plan, Stage, require_possible
+from jobs.plan import Plan, Reading, Stage, require_possible
 from jobs.progress import Progress
 
 
@@ -77,8 +77,27 @@ def prepare(context: Context) -> store.Manifest:
                 made_from=plan.corpus.made_from, progress=progress.note, labels=plan.job.cluster.data.labels,
             )  # fmt: skip
         progress.note(_corpus_line(manifest))
+    for reading in plan.readings:
+        _read(context, reading)
     context.journal.dataset(context.parent, "corpus", manifest.fingerprint, plan.storage.path(plan.corpus.folder), "training")
     return manifest
+
+
+def _read(context: Context, reading: Reading) -> None:
+    """The same rows in the tokens of a student's own tokenizer."""
+    plan, progress, title = context.plan, context.progress, f"reading of the corpus by {reading.tokenizer.name}"
+    if (manifest := plan.found(reading.stage)) is not None:
+        progress.found(title)
+    else:
+        with progress.stage(title):
+            manifest = prepare_corpus(
+                plan.job.corpus, plan.job.task, plan.model, plan.storage, fingerprint=reading.stage.fingerprint,
+                made_from=reading.stage.made_from, progress=lambda _: None, labels=plan.job.cluster.data.labels, reader_dir=reading.tokenizer,
+            )  # fmt: skip
+    cut = (
+        f"; {manifest.facts['truncated']:,} rows are longer than task.max_length in them and are cut" if manifest.facts["truncated"] else ""
+    )
+    progress.note(f"{title}: {sum(manifest.tokens(split) for split in manifest.splits):,} tokens of its own{cut}")
 
 
 def teach(context: Context) -> None:
@@ -162,7 +181,10 @@ def layer_table(plan: Plan) -> list[str]:
 def evaluate(context: Context) -> list[Evaluation]:
     """Teacher, baselines and students over the test split, by the same code, one after the other."""
     plan = context.plan
-    tested = [Tested("teacher", plan.lead, None, plan.teacher), *(Tested(run.role, run.name, run.baseline, run.stage) for run in plan.runs)]
+    tested = [
+        Tested("teacher", plan.lead, None, plan.teacher),
+        *(Tested(run.role, run.name, run.baseline, run.stage, run.reading) for run in plan.runs),
+    ]
     evaluations = report.ordered(on_test_split(context, tested))
     for e in evaluations:
         numbers = {f"test/{k}": v for k, v in {**e.quality, **e.against}.items()} | {
@@ -179,6 +201,7 @@ class Tested(NamedTuple):
     name: str
     baseline: str | None
     stage: Stage
+    reading: Reading | None = None
 
 
 def on_test_split(context: Context, tested: Sequence[Tested]) -> list[Evaluation]:
@@ -276,7 +299,7 @@ def _on_a_worker(plan: Plan, tested: Sequence[Tested]) -> list[Evaluation]:
     """Evaluate in a Ray task that has what a training worker has, so that costs are those of such a machine."""
     job = plan.job
     group, cpus = job.cluster.group("student"), cpus_per_worker(job.cluster, "student")
-    candidates = [((one.role, one.baseline), one.name, one.stage.folder) for one in tested]
+    candidates = [((one.role, one.baseline), one.name, one.stage.folder, one.reading and one.reading.stage.folder) for one in tested]
     task = ray.remote(num_cpus=cpus, num_gpus=group.gpus, label_selector=group.labels, max_retries=job.cluster.max_failures)(evaluate_task)
     try:
         return ray.get(
@@ -292,7 +315,7 @@ def _on_a_worker(plan: Plan, tested: Sequence[Tested]) -> list[Evaluation]:
 def evaluate_task(
     uri: str,
     corpus: str,
-    candidates: list[tuple[Any, str, str]],
+    candidates: list[tuple[Any, str, str, str | None]],
     task: TaskConfig,
     labels: tuple[str, ...],
     settings: dict[str, Any],
@@ -304,7 +327,10 @@ def evaluate_task(
     torch.set_num_threads(settings["threads"] or cpus)
     storage = Storage(uri)
     _, columns = open_columns(storage, corpus, "corpus", "test")
-    opened = [Candidate(role, name, fit.model_folder(storage, folder), baseline) for (role, baseline), name, folder in candidates]
+    opened = [
+        Candidate(role, name, fit.model_folder(storage, folder), baseline, open_columns(storage, own, "corpus", "test")[1] if own else None)
+        for (role, baseline), name, folder, own in candidates
+    ]
     settings = {**settings, "threads": settings["threads"] or cpus}
     return evaluate_models(opened, columns, task, labels, device="cuda" if torch.cuda.is_available() else "cpu", **settings)
 

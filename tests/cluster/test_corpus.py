@@ -414,6 +414,32 @@ def test_a_text_of_several_parts(cluster, tokenizer, tmp_path):
     assert manifest.rows("train") > 7 * 10, "a text of 80 words fills three parts"
 
 
+def test_a_reading_has_the_rows_of_its_corpus(cluster, tokenizer, masking, tmp_path):
+    task = CausalLM(type="causal_lm", max_length=8)
+    texts = [(" ".join([spelled(1_000_000 + i)] * (1 + i % 3)), None) for i in range(60)]
+    path = jsonl(tmp_path / "a.jsonl", texts)
+    manifest, storage = prepare(tokenizer, tmp_path / "s", path, task=task, validation=0.2, test=0.2, part_rows=16)
+    config = FilesCorpus(type="files", train=path, validation=0.2, test=0.2, part_rows=16)
+    fingerprint, made_from = corpora.reading_fingerprint(manifest.fingerprint, manifest.made_from, masking)
+    assert fingerprint != manifest.fingerprint
+    settings = {"fingerprint": fingerprint, "made_from": made_from, "progress": lambda _: None, "reader_dir": masking}
+    again = corpora.prepare(config, task, tokenizer, storage, **settings)
+    assert again.facts["reads"] == manifest.fingerprint
+    assert again.facts["tokenizer"] == made_from["reader"] != manifest.facts["tokenizer"]
+    names = {split: [(record.name, record.rows) for record in records] for split, records in again.splits.items()}
+    assert names == {split: [(record.name, record.rows) for record in records] for split, records in manifest.splits.items()}
+    pairs = [rows_of(one, storage) for one in (manifest, again)]
+    found = [pair for split in names for pair in zip(*(each[split] for each in pairs), strict=True)]
+    for mine, its in found:
+        assert (its["id"], its["text"], its["told"]) == (mine["id"], mine["text"], mine["scored"])
+        assert len(its["theirs"]) == its["scored"]
+        assert its["aligned"] == sum(place >= 0 for place in its["theirs"]) > 0
+    path = jsonl(tmp_path / "a.jsonl", texts[:-20])  # the source has changed behind our back
+    other = {**settings, "fingerprint": "f" * 16}
+    with pytest.raises(InputError, match=r"DST-3113\]: sources have changed since the corpus was made"):
+        corpora.prepare(config, task, tokenizer, storage, **other)
+
+
 def test_hidden_words_of_real_text(cluster, masking, tmp_path):
     folder = next((p for p in (ROOT.parent / "shared/data/wikitext2", ROOT / "shared/data/wikitext2") if p.is_dir()), None)
     if folder is None:

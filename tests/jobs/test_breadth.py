@@ -19,12 +19,15 @@ from PIL import Image
 from rich.console import Console
 
 from distillation import store
-from distillation.errors import InputError
+from distillation.beginnings import make
+from distillation.config import CausalLM, NewModel
+from distillation.errors import ConfigError, InputError
 from distillation.storage import Storage
 from jobs import cli, estimate
 from jobs.config import load
 from jobs.pipeline import run as run_job
 from jobs.plan import make_plan
+from jobs.search import search
 from jobs.verify import verify
 from tests import kinds
 from tests.tiny import LABELS, model_folder, texts
@@ -62,10 +65,16 @@ NARROW = {
     **{key: value for key, value in FIRST.items() if key != "finetune"}, "name": "narrow", "baseline": False,
     "students": {"thin": {"type": "layers", "hidden_size": 8, "heads": 1, "trim_vocabulary": True, "sample": 32}},
 }  # fmt: skip
+SPACE = "search={space: {losses.ranks.weight: {uniform: [0, 1]}}, objectives: {validation/perplexity: min, cost/parameters: min}}"
 SECOND = {
     **NARROW, "name": "second",
     "teacher": {"model": "student:first/short", "targets": {"logits": {"type": "topk", "k": 8, "temperatures": [1, 2]}}},
     "students": {"bigger": {"type": "scratch", "layers": 3, "hidden_size": 24, "heads": 2, "intermediate_size": 48}},
+}  # fmt: skip
+FOREIGN = {
+    **{key: value for key, value in FIRST.items() if key != "finetune"}, "name": "foreign", "baseline": False,
+    "students": {"own": {"type": "pretrained", "model": "foreign-gpt"}},
+    "losses": {"hard": {"type": "cross_entropy", "weight": 0.5}, "ranks": {"type": "universal_logit"}},
 }  # fmt: skip
 PAIR = {
     "name": "pair",
@@ -86,6 +95,11 @@ PAIR = {
     **COMMON,
     "training": {"epochs": 3, **SHORT, "batch_tokens": 256},
     "baseline": False,
+}  # fmt: skip
+LETTERS = {
+    "name": "letters", "task": PAIR["task"], "corpus": PAIR["corpus"], "teacher": {"model": "a"},
+    "student": {"type": "pretrained", "model": "foreign-bert"}, "losses": {"hard": {"type": "cross_entropy"}, "soft": {"type": "forward_kl"}},
+    **COMMON, "training": PAIR["training"],
 }  # fmt: skip
 VECTORS = {
     "name": "vectors",
@@ -152,7 +166,10 @@ def place(tmp_path_factory):
     model_folder(folder / "b", seed=2, layers=2)
     kinds.save(folder / "encoder", "embedding")
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in texts(240)))
-    for job in (FIRST, NARROW, SECOND, PAIR, VECTORS, IMAGES):
+    kinds.save(folder / "foreign-bert", "text_classification")
+    task, own = CausalLM(type="causal_lm", max_length=64), NewModel(architecture="gpt2", layers=1, hidden_size=16, heads=2, vocabulary=300)
+    make(own, task, [(folder / "notes" / "0.txt").read_text()], folder / "foreign-gpt")
+    for job in (FIRST, NARROW, SECOND, FOREIGN, PAIR, LETTERS, VECTORS, IMAGES):
         (folder / f"{job['name']}.yaml").write_text(yaml.safe_dump(job, sort_keys=False))
     return folder
 
@@ -335,6 +352,43 @@ def test_a_ladder_goes_back_to_a_bigger_student(place, first, cluster, capsys):
     assert set(found) == {"teacher", "bigger"}
     assert found["teacher"]["quality"]["perplexity"] == pytest.approx(evaluated(place, "first")["short"]["quality"]["perplexity"], rel=1e-4)
     assert found["bigger"]["ratios"]["parameter_ratio"] > 1
+
+
+def test_a_student_with_a_tokenizer_of_its_own(place, first, here):
+    output = here("foreign")
+    for line in ("corpus", "teacher", "targets of "):  # as the first job left them: the teacher is not asked again
+        assert re.search(rf"^found {line}", output, re.M), output
+    found, plan = evaluated(place, "foreign"), planned(place, "foreign")
+    (reading,) = plan.readings
+    manifest = plan.found(reading.stage)
+    assert (manifest.facts["reads"], manifest.rows("train")) == (plan.corpus.fingerprint, plan.found(plan.corpus).rows("train"))
+    assert {e["headline"] for e in found.values()} == {"bits_per_byte"}
+    assert found["own"]["against"]["retention"] == pytest.approx(
+        found["teacher"]["quality"]["bits_per_byte"] / found["own"]["quality"]["bits_per_byte"], rel=1e-6
+    )
+    assert found["own"]["positions"] > found["teacher"]["positions"]  # of 300 tokens against 400
+    own = manifest_of(plan, "own")
+    assert len(curve(own, "train/loss/ranks")) == 6
+    assert curve(own, "validation/bits_per_byte")
+    card = (plan.results / "students" / "own" / "README.md").read_text()
+    assert "bits per byte" in card
+    from transformers import AutoTokenizer
+
+    assert len(AutoTokenizer.from_pretrained(plan.results / "students" / "own")) == 300
+
+
+def test_a_search_compares_students_of_one_tokenizer(place, cluster):
+    with contextlib.chdir(place), pytest.raises(ConfigError, match=r"DST-2041\]: .*own has its own"):
+        search(load("foreign.yaml", [SPACE]), Console(file=io.StringIO()))
+
+
+def test_labels_can_be_learned_in_other_tokens(place, here):
+    here("letters")
+    found = evaluated(place, "letters")
+    assert set(found) == {"teacher", "student", "student-baseline"}
+    assert found["student"]["against"]["agreement"] > 0.5
+    (reading,) = planned(place, "letters").readings
+    assert reading.tokenizer.name == "foreign-bert"
 
 
 def test_verify_holds_the_store_against_the_teacher(place, first, tmp_path):

@@ -20,7 +20,7 @@ from distillation.errors import DistilleryError
 from jobs import cli
 from jobs.config import load, recipes
 from tests import kinds
-from tests.tiny import model_folder, texts
+from tests.tiny import model_folder, texts, tokenizer
 
 # Ray Data warns of its own old settings whenever it makes its context, also with the defaults.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
@@ -59,6 +59,9 @@ def place(tmp_path_factory):
     model_folder(folder / "wide", layers=2, hidden=24)
     kinds.save(folder / "gpt", "causal_lm")
     kinds.save(folder / "other", "text_classification")
+    tokenizer(kinds.save(folder / "masked", "masked_lm"))
+    kinds.save(folder / "foreign", "causal_lm")
+    tokenizer(folder / "foreign")
     (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in texts(200)))
     generator = np.random.default_rng(0)
     for name, shape in {"images": (8, 8, 3), "grey": (8, 8)}.items():
@@ -99,8 +102,21 @@ def test_without_a_change_there_is_nothing_to_refuse(place, base, capsys):
 
 
 REFUSED = {
-    "another tokenizer": ("labels", {"student": {"type": "pretrained", "model": "./other"}}, 3,
-                          r"DST-3212\]: student and teacher have different tokenizers: .*other"),
+    "another tokenizer, token by token": (
+        "labels", {**RELATIONS, "student": {"type": "pretrained", "model": "./other"}, "losses.inner": {"type": "relation_kl", "heads": 2}}, 3,
+        r"DST-3212\]: student and teacher have different tokenizers: .*other: .*, or leave out losses\.inner, which goes by token"),
+    "another tokenizer of a language model": (
+        "words", {"student": {"type": "pretrained", "model": "./foreign"}}, 3,
+        r"DST-3212\]: .*foreign: .*, or let universal_logit be the only loss that asks the teacher"),
+    "another tokenizer and a live teacher": (
+        "labels", {"student": {"type": "pretrained", "model": "./other"}, "teacher.live": True}, 3,
+        r"DST-3212\]: .*, or let no teacher be live"),
+    "another tokenizer and hidden words": (
+        "words", {"task.type": "masked_lm", "teacher.model": "./masked", "student": {"type": "pretrained", "model": "./other"}}, 3,
+        r"DST-3212\]: .*Take a student of the teacher's family$"),
+    "sorted probabilities of draws": (
+        "words", {"teacher.targets": {"logits": {"type": "sampled", "temperature": 1.0}}, "losses.soft": {"type": "universal_logit"}}, 2,
+        r"DST-2005\]: .*losses\.soft: universal_logit needs distribution of the teacher; set"),
     "no such layer for a student": ("labels", {"student.layers": [0, 4]}, 2,
                                     r"DST-2011\]: .*student\.layers: expected layers 0 to 3 but found 4"),
     "more layers than the teacher has": ("labels", {"student": {"type": "layers", "count": 5}}, 2,

@@ -39,6 +39,7 @@ class Journal:
         self.path = self._file.path
         self._steps: dict[str, dict[str, int]] = {}
         self._params: dict[str, dict[str, str]] = {}
+        self._began: dict[str, int] = {}
         self._times: dict[str, int] = {}
         self._unfinished: dict[str, None] = {}
         self._statuses: dict[str, Status] = {}
@@ -163,6 +164,10 @@ class Journal:
         """How a run ended last; None if it has not, or was only closed behind a process that died."""
         return self._statuses.get(key)
 
+    def began(self, key: str) -> int:
+        """When a run was first declared, in milliseconds."""
+        return self._began[key]
+
     def events(self, offset: int = 0, most: int = 2000) -> list[tuple[Event, int]]:
         """Up to `most` events from a byte offset on, each with the offset behind it. A line that is not whole is not there yet."""
         return list(islice(read(self.path, offset), most))
@@ -188,6 +193,7 @@ class Journal:
                 self.has_note = True
                 return
             case "run":
+                self._began.setdefault(key, event["time"])
                 self._unfinished[key] = None
                 self._statuses.pop(key, None)
             case "finish":

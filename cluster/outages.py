@@ -16,6 +16,9 @@ from sqlalchemy.exc import SQLAlchemyError
 
 _log = logging.getLogger(__name__)
 
+ABOUT_DATA = ("9h9h", "gkpj")
+"""What SQLAlchemy calls an error that lies in what was sent, DataError and IntegrityError, in the address it puts behind a message."""
+
 
 class Away(Exception):
     """The server cannot be used now; says why and what to do."""
@@ -58,9 +61,15 @@ def refusals(key: str) -> Iterator[None]:
             yield
         except MlflowException as error:
             status = error.get_http_status_code()
-            if status >= 500 or status in (401, 403, 408, 429):
+            if status >= 500 or status in (401, 403, 408, 429) or _database_is_away(error):
                 raise Away(_explain(error)) from error
             _log.warning("tracking: the server refused a part of %s: %s", key, _explain(error))
+
+
+def _database_is_away(error: MlflowException) -> bool:
+    """MLflow answers 400 to most of what its database complains of: that it has become a replica, that all connections are taken."""
+    found = re.search(r"sqlalche\.me/e/\w+/(\w+)", str(error))
+    return found is not None and found[1] not in ABOUT_DATA
 
 
 def _explain(error: Exception) -> str:
@@ -73,5 +82,6 @@ def _explain(error: Exception) -> str:
         return "401, it wants a login: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
     if status == 403:
         return "403, the user may not do this, or the server does not answer to this host name: start it with --allowed-hosts"
-    text = text.split("Caused by", 1)[-1].strip().split("\n")[0]
+    lines = [line for line in text.split("Caused by", 1)[-1].strip().splitlines() if not line.startswith("(raised as a result of")]
+    text = lines[0] if lines else ""
     return re.sub(r"//[^/@\s]*@", "//", text)[:200] or type(error).__name__

@@ -302,7 +302,7 @@ def _chunks(items: list[Any], size: int) -> Iterator[list[Any]]:
 
 
 def _cut(value: str, most: int) -> str:
-    marker = " ... [cut]"
+    marker, value = " ... [cut]", value.replace("\0", "\\0")  # PostgreSQL has no such character
     return value if len(value) <= most else value[: most - len(marker)] + marker
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from cluster.delivery import Tracker, deliver
 from cluster.journal import Journal
 from cluster.session import connect
+from cluster.system import watched
 from cluster.tracking import Target
 from distillation.errors import DistilleryError
 from distillation.metrics import headline
@@ -71,7 +72,7 @@ def recorded(
         with Tracker(target, journal) as tracker:
             try:
                 stages.begin(context)
-                with connect(plan.job.cluster):
+                with connect(plan.job.cluster), watched(journal, parent):
                     yield context, tracker
             except DistilleryError as error:
                 journal.tags(context.parent, {"distill.error": str(error)})

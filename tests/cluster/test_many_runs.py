@@ -16,7 +16,7 @@ from cluster.delivery import deliver
 from cluster.journal import Journal
 from cluster.outages import Away
 from cluster.tracking import Delivery
-from tests.cluster.recording import JOB, history, runs_of, target
+from tests.cluster.recording import JOB, databases, history, runs_of, target
 
 CALLS = ("create_run", "update_run", "log_batch", "set_terminated", "search_runs", "get_run", "log_param", "set_tag", "log_metric")
 
@@ -52,6 +52,7 @@ def counted(delivery: Delivery, monkeypatch: pytest.MonkeyPatch) -> Counter[str]
     return calls
 
 
+@databases
 def test_a_run_takes_three_calls(database: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Journal(tmp_path / "t.jsonl") as journal:
         journal.run(JOB, name="search")
@@ -90,6 +91,7 @@ def test_state_grows_with_the_runs_and_not_faster(database: str, tmp_path: Path,
     assert state == links.Recorded(database, "1", expected)
 
 
+@databases
 def test_older_state_delivers_again_and_makes_no_run_twice(database: str, tmp_path: Path) -> None:
     """Killed after delivery and before the state was saved: creation, points, reopening and ends come a second time."""
     path = tmp_path / "t.jsonl"
@@ -167,6 +169,7 @@ def test_trial_that_goes_on_is_running_and_ends_when_it_ended(database: str, tmp
     assert history(database, run, "train/loss") == [(0, 1.0), (1, 0.5)]
 
 
+@databases
 def test_parameter_that_a_person_set_does_not_hold_up_the_rest(database: str, tmp_path: Path) -> None:
     with Journal(tmp_path / "t.jsonl") as journal:
         journal.run(JOB, name="search")

@@ -13,7 +13,8 @@ import mlflow
 
 from cluster.delivery import Tracker, deliver
 from cluster.journal import Journal
-from tests.cluster.recording import JOB, Server, runs_of, target
+from tests.cluster.recording import JOB, runs_of, target
+from tests.servers import Server
 
 NOTE = "mlflow.note.content"
 

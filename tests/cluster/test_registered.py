@@ -12,7 +12,8 @@ import pytest
 from cluster.delivery import deliver
 from cluster.journal import Journal
 from cluster.links import state_file
-from tests.cluster.recording import STUDENT, Server, runs_of, target
+from tests.cluster.recording import STUDENT, runs_of, target
+from tests.servers import Server
 
 
 @pytest.fixture

@@ -21,9 +21,11 @@ from cluster.delivery import Tracker, deliver
 from cluster.journal import Journal
 from cluster.links import state_file
 from distillation.errors import TrackingError
-from tests.cluster.recording import JOB, STUDENT, Server, history, runs_of, target, until
+from tests.cluster.recording import JOB, STUDENT, databases, history, runs_of, target
+from tests.servers import Server, until
 
 
+@databases
 def test_everything_arrives_and_a_second_job_goes_on_with_the_same_runs(database: str, tmp_path: Path) -> None:
     picture = tmp_path / "curve.txt"
     picture.write_text("first")
@@ -112,6 +114,7 @@ with Journal(Path({str(tmp_path / "t.jsonl")!r})) as journal, Tracker(
     assert history(database, runs[STUDENT], "train/loss") == [(step, step / 4) for step in range(reached + 500)]
 
 
+@databases
 def test_lost_state_and_two_journals(database: str, tmp_path: Path) -> None:
     """Killed between delivery and saving the state: all is delivered again and nothing is there twice. Another journal has other runs."""
     for name in ("a", "b"):
@@ -171,6 +174,7 @@ def test_failed_job_marks_its_runs(database: str, tmp_path: Path) -> None:
     assert {key: run.info.status for key, run in runs_of(database).items()} == {JOB: "FAILED", STUDENT: "FINISHED"}
 
 
+@databases
 def test_two_jobs_create_one_experiment_at_once(database: str, tmp_path: Path) -> None:
     def job(name: str) -> None:
         with Journal(tmp_path / f"{name}.jsonl") as journal:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from distillation.config import NAME, Config
 
@@ -31,14 +31,40 @@ class Elastic(Config):
         return self
 
 
-Labels = dict[Annotated[str, StringConstraints(min_length=1)], Annotated[str, StringConstraints(pattern=r"^!?(in\([\w.,/-]+\)|[\w.-]+)$")]]
-"""Labels that a node must have: a value, !value, in(a,b) or !in(a,b). Syntax: label selectors of Ray."""
+def _kind_of_workers(value: Any) -> str | None:
+    """Of a union, so that what is refused is refused once."""
+    if isinstance(value, dict | Elastic):
+        return "Elastic"
+    return "int" if isinstance(value, int | float) or (isinstance(value, str) and value.isdecimal()) else None
+
+
+Workers = Annotated[
+    Annotated[Annotated[int, Field(ge=1)], Tag("int")] | Annotated[Elastic, Tag("Elastic")],
+    Discriminator(_kind_of_workers, "workers", "must be a number of workers or {min: ..., max: ...}"),
+]
+
+_WORD = r"[a-zA-Z0-9]([\w.-]{0,61}[a-zA-Z0-9])?"
+LABEL = re.compile(rf"([a-zA-Z0-9.-]{{1,253}}/)?{_WORD}", re.ASCII)
+SELECTOR = re.compile(rf"!?({_WORD}|in\({_WORD}(, ?{_WORD})*\))", re.ASCII)
+
+
+def _selectors(labels: dict[str, str]) -> dict[str, str]:
+    for label, wanted in labels.items():
+        if not LABEL.fullmatch(label):
+            raise ValueError(f"{label!r} is no name of a label")
+        if not SELECTOR.fullmatch(wanted):
+            raise ValueError(f"{label} must be a value, !value, in(a, b) or !in(a, b), got {wanted!r}")
+    return labels
+
+
+Labels = Annotated[dict[str, str], AfterValidator(_selectors)]
+"""Labels that a node must have: a value, !value, in(a, b) or !in(a, b). Syntax: label selectors of Ray."""
 
 
 class WorkersConfig(Config):
     """The group of workers that does one kind of work. What is left out is as in the section around it."""
 
-    workers: int | Elastic | None = None
+    workers: Workers | None = None
     cpus_per_worker: int | None = Field(None, ge=1)
     gpus_per_worker: float | None = Field(None, ge=0)
     labels: Labels = Field({})
@@ -46,11 +72,11 @@ class WorkersConfig(Config):
     shards: int | Literal["all"] = 1
     """Workers that hold one model together, each a part of every weight matrix. 1: each has the whole model; all: one model in the group."""
 
-    @field_validator("workers", "shards")
+    @field_validator("shards", mode="before")
     @classmethod
-    def _positive(cls, value: int | Elastic | str | None) -> int | Elastic | str | None:
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"must be at least 1, got {value}")
+    def _number_or_all(cls, value: Any) -> Any:
+        if value != "all" and not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"must be a number of workers or all, got {value}")
         return value
 
 
@@ -86,7 +112,7 @@ class ClusterConfig(Config):
 
     address: str | None = None
     """Ray cluster to join ("auto" inside a job). None: one on this machine, for the time of the command."""
-    workers: int | Elastic = 1
+    workers: Workers = 1
     """Training and inference processes. Results do not depend on it."""
     cpus_per_worker: int | None = Field(None, ge=1)
     """Threads of each worker. None: the CPUs of the smallest node divided among the workers it gets."""
@@ -99,14 +125,7 @@ class ClusterConfig(Config):
     storage: str = "distillery-storage"
     """Folder or URI that every node can write; holds corpora, target stores, models and runs."""
     max_failures: int = Field(2, ge=0)
-    """How often a group of workers is restarted after one of them died."""
-
-    @field_validator("workers")
-    @classmethod
-    def _positive(cls, value: int | Elastic) -> int | Elastic:
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"must be at least 1, got {value}")
-        return value
+    """How often a group of workers is restarted after one of them died, if no checkpoint was made in between."""
 
     @model_validator(mode="after")
     def _groups(self) -> ClusterConfig:

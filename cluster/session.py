@@ -39,6 +39,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
             raise SecurityError("DST-9006", "an unsafe switch of Ray is on", where=name, do="Unset it: it lets data files run code")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # a process for every group; cluster.elastic watches
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths of a job mean the same in workers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Ray starts workers at niceness 15: whatever else the machine does would come first.
@@ -93,7 +94,7 @@ def nodes_with(labels: Mapping[str, str]) -> list[dict[str, float]]:
 
     def has(node: Mapping[str, Any], label: str, wanted: str) -> bool:
         plain = wanted.removeprefix("!")
-        values = plain[3:-1].split(",") if plain.startswith("in(") else [plain]
+        values = plain[3:-1].replace(" ", "").split(",") if plain.startswith("in(") else [plain]
         return (node.get("Labels", {}).get(label) in values) != wanted.startswith("!")
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and all(has(node, *pair) for pair in labels.items())]
@@ -118,14 +119,68 @@ def places(nodes: Sequence[Mapping[str, float]], cpus: int, gpus: float) -> int:
 
 @ray.remote(num_cpus=0)
 class Mailbox:
-    """What workers tell the driver: points of curves, and the error that ends a job. Lives on as workers die and come back."""
+    """What workers and driver tell each other: points of curves, the error that ends a job, where the workers are, whether they are to leave.
+
+    Lives on as workers die and come back.
+    """
 
     def __init__(self) -> None:
         self._events: list[tuple[str, dict[str, float], int]] = []
         self._error: DistilleryError | None = None
+        self._groups, self._first, self._furthest, self._wasted, self._failures = 0, -1, 0, 0, 0
+        self._nodes: set[str] = set()
+        self._watched = self._asked = self._left = False
 
     def put(self, key: str, metrics: dict[str, float], step: int) -> None:
         self._events.append((key, metrics, step))
+        self._furthest = max(self._furthest, step)
+
+    def start(self, watched: bool) -> None:
+        """A new group of workers. watched: it may be asked to leave."""
+        self._nodes, self._watched, self._asked, self._left = set(), watched, False, False
+
+    def begin(self, key: str, rank: int, workers: int, node: str, step: int, repeats: bool) -> bool:
+        """A worker of the new group begins, with so many steps done and kept; those after it are done again if it `repeats` steps.
+
+        Returns whether it may be asked to leave.
+        """
+        self._nodes.add(node)
+        if rank == 0:
+            self._wasted += max(0, self._furthest - step)
+            if step > self._first:  # the group before got somewhere
+                self._first, self._failures = step, 0
+            self._furthest = max(self._furthest, step)
+            points = {"cluster/workers": workers, "cluster/restarts": self._groups} | (
+                {"cluster/wasted_steps": self._wasted} if repeats else {}
+            )
+            self._events.append((key, {name: float(value) for name, value in points.items()}, self._furthest))
+            self._groups += 1
+        return self._watched
+
+    def nodes(self) -> set[str]:
+        """Of the workers that have begun."""
+        return self._nodes
+
+    def ask(self) -> None:
+        """For the workers to save and leave."""
+        self._asked = True
+
+    def asked(self, step: int) -> bool:
+        """Whether to leave, from a worker that has done so many steps."""
+        self._furthest = max(self._furthest, step)
+        return self._asked
+
+    def leave(self) -> None:
+        self._left = True
+
+    def left(self) -> bool:
+        """Whether any worker left before its work was done."""
+        return self._left
+
+    def failed(self) -> int:
+        """Another group failed. Returns how many did since one got further than those before it."""
+        self._failures += 1
+        return self._failures
 
     def take(self) -> list[tuple[str, dict[str, float], int]]:
         events, self._events = self._events, []

@@ -16,6 +16,7 @@ from distillation.answers import answer_part, make_teacher
 from distillation.config import TargetsConfig, TaskConfig
 from distillation.errors import InputError
 from distillation.fit import model_folder, reader
+from distillation.loop import Left
 from distillation.rows import Rows
 from distillation.storage import Storage
 from distillation.store import Columns, FileRecord, Manifest
@@ -60,7 +61,7 @@ def teach(
 
 
 def _teach_worker(payload: dict[str, Any]) -> int:
-    """Answer this rank's share of the parts that are not committed yet. Returns the rows answered."""
+    """Answer this rank's share of the parts that are not committed yet. Returns the rows answered. Raises Left between two parts."""
     session = TrainSession(payload["box"], payload["key"])
     storage, targets = Storage(payload["storage"]), TargetsConfig.model_validate(payload["targets"])
     folder = model_folder(storage, payload["teacher"])
@@ -78,11 +79,14 @@ def _teach_worker(payload: dict[str, Any]) -> int:
     teacher = make_teacher(models.load(folder, task), task, targets).to(session.device)
     reads = reader(task, folder, manifest.facts["labels"])
     bf16 = models.use_bf16(payload["precision"], session.device)
-    answered = 0
+    before, answered = sum(part.rows for part in parts) - sum(part.rows for part in open_parts), 0
+    session.begin(before)
     for part in open_parts[session.rank :: session.world_size]:
+        if session.asked():
+            raise Left
         rows = Rows(Columns([paths[part.name]]), {}, reads)
         table, told = answer_part(teacher, rows, targets, payload["batch_tokens"], bf16, session.device)
         store.write_part(storage, payload["output"], part.name.removesuffix(".arrow"), table, part.tokens)
         answered += part.rows
-        session.report({"teacher/rows": float(answered * session.world_size), **told}, answered)
+        session.report({"teacher/rows": float(before + answered * session.world_size), **told}, before + answered)
     return answered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import uuid
 from collections.abc import Callable, Mapping
@@ -13,15 +14,18 @@ import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from cluster.config import ClusterConfig, Group, Role
+from cluster.elastic import wait_for_room, watching
 from cluster.session import Record, cpus_per_worker, mailbox, unwrap
 from distillation import fit
 from distillation.config import FitConfig
 from distillation.errors import ClusterError, DistilleryError
+from distillation.loop import Left
 from distillation.storage import Storage
 
 
@@ -33,6 +37,9 @@ class TrainSession:
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = get_device()
         self._box, self._key = box, key
+        self._watched: bool | None = None
+        self._answer: Any = None
+        self._asked = False
 
     def wrap(self, module: nn.Module) -> nn.Module:
         if self.world_size == 1:
@@ -49,6 +56,27 @@ class TrainSession:
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         if self.rank == 0:
             self._box.put.remote(self._key, dict(metrics), step)
+
+    def leave(self, step: int) -> bool:
+        if self._watched is None:
+            self.begin(step, repeats=True)
+        if not self._watched:
+            return False
+        # One question is under way while the steps go on. Ranks may hear the answer at different steps, so rank 0's counts for all.
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self._asked, self._answer = ray.get(self._answer), None
+        if self.rank == 0 and self._answer is None:
+            self._answer = self._box.asked.remote(step)
+        return bool(self.all_reduce(torch.tensor([float(self._asked)], device=self.device)).item())
+
+    def begin(self, step: int, *, repeats: bool = False) -> None:
+        """Tell the driver where this worker is, how many steps are done and kept, and if it does those again that others did after them."""
+        node = ray.get_runtime_context().get_node_id()
+        self._watched = ray.get(self._box.begin.remote(self._key, self.rank, self.world_size, node, step, repeats))
+
+    def asked(self) -> bool:
+        """Whether this worker is to end what it has in hand and leave; for work that the ranks do not do in step. After `begin`."""
+        return bool(self._watched) and ray.get(self._box.asked.remote(0))
 
 
 def train(
@@ -71,36 +99,56 @@ def _train_worker(payload: dict[str, Any]) -> dict[str, float] | None:
 def run_workers(
     worker: Callable[[dict[str, Any]], Any], payload: Mapping[str, Any], cluster: ClusterConfig, role: Role, record: Record
 ) -> Any:
-    """Run `worker(payload)` on every worker of a role's group; returns what rank 0 returned. The payload gets `box`, the mailbox."""
+    """Run `worker(payload)` on every worker of a role's group; returns what rank 0 returned. The payload gets `box`, the mailbox.
+
+    A worker that raises `Left`, or dies, is followed by another group, as large as there is room for; it has to go on by itself where the one
+    before stood. Groups that fail one after the other and get no further than the one before are counted: see cluster.max_failures.
+    """
     group, threads = cluster.group(role), cpus_per_worker(cluster, role)
-    storage = Storage(cluster.storage)
     resources = {"CPU": float(threads)} | ({"GPU": group.gpus} if group.gpus else {})
-    name = f"workers-{uuid.uuid4().hex[:12]}"
+    watched = group.elastic or cluster.address is not None  # nodes of a cluster of one's own neither come nor go
     with mailbox(record) as box:
-        trainer = TorchTrainer(
-            _guarded,
-            train_loop_config={**payload, "box": box, "worker": worker, "threads": threads},
-            scaling_config=ScalingConfig(
-                num_workers=(group.least, group.most) if group.elastic else group.most, use_gpu=group.gpus > 0,
-                resources_per_worker=resources, label_selector=group.labels or None,
-            ),
+        while True:
+            count = wait_for_room(group, resources) if watched else group.most
+            ray.get(box.start.remote(watched))
+            config = {**payload, "box": box, "worker": worker, "threads": threads}
+            try:
+                with watching(box, group, count, resources) if watched else contextlib.nullcontext():
+                    result = _run_group(config, cluster, group, count, resources)
+            except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:  # of a worker, or of what runs them
+                if (told := ray.get(box.error.remote()) or unwrap(error)) is not None:
+                    raise told from error
+                if isinstance(error, ray.train.ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+                    continue  # a node went as the group started
+                if isinstance(error, ray.exceptions.RayError) or ray.get(box.failed.remote()) > cluster.max_failures:
+                    raise _reason(error, count, cluster.max_failures) from error
+                continue
+            if not ray.get(box.left.remote()):
+                return result.return_value
+
+
+def _run_group(config: dict[str, Any], cluster: ClusterConfig, group: Group, count: int, resources: dict[str, float]) -> Any:
+    """Start a group, and wait for its end."""
+    storage, name = Storage(cluster.storage), f"workers-{uuid.uuid4().hex[:12]}"
+    trainer = TorchTrainer(
+        _guarded,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(
+            num_workers=count, use_gpu=group.gpus > 0, resources_per_worker=resources, label_selector=group.labels or None
+        ),
+        run_config=RunConfig(
             # A new name each time: Ray would otherwise resume from a file of its own, and nothing of ours depends on it.
-            run_config=RunConfig(
-                name=name,
-                storage_path=storage.path(".ray"),
-                storage_filesystem=storage.arrow,
-                failure_config=FailureConfig(max_failures=cluster.max_failures),
-            ),
-        )  # fmt: skip
-        try:
-            result = _fit(trainer)
-        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:  # of a worker, or of what runs them
-            raise _reason(error, box, group, cluster.max_failures) from error
-        finally:
-            storage.delete(f".ray/{name}")
-        if (failed := ray.get(box.error.remote())) is not None:
-            raise failed
-        return result.return_value
+            name=name,
+            storage_path=storage.path(".ray"),
+            storage_filesystem=storage.arrow,
+            # What follows a failure is decided above. A group of a fixed size waits for its nodes.
+            failure_config=FailureConfig(max_preemption_failures=0, controller_failure_limit=0 if group.elastic else -1),
+        ),
+    )  # fmt: skip
+    try:
+        return _fit(trainer)
+    finally:
+        storage.delete(f".ray/{name}")
 
 
 def _fit(trainer: TorchTrainer) -> Any:
@@ -118,25 +166,22 @@ def _fit(trainer: TorchTrainer) -> Any:
 
 
 def _guarded(payload: dict[str, Any]) -> Any:
-    """What a worker runs. An error of ours is told to the driver, and a group restarted after one ends at once: it would fail again."""
-    if ray.get(payload["box"].error.remote()) is not None:
-        return None
+    """What a worker runs. An error of ours is told to the driver."""
     torch.set_num_threads(payload["threads"])
     try:
         return payload["worker"](payload)
     except DistilleryError as error:
         ray.get(payload["box"].fail.remote(error))
         raise
+    except Left:
+        ray.get(payload["box"].leave.remote())
 
 
-def _reason(error: BaseException, box: Any, group: Group, restarts: int) -> DistilleryError:
-    told: DistilleryError | None = ray.get(box.error.remote())
-    if found := told or unwrap(error):
-        return found
+def _reason(error: BaseException, count: int, restarts: int) -> ClusterError:
     causes = list((getattr(error, "worker_failures", None) or {}).items())
     text = f"worker {causes[0][0]}: {_last_line(causes[0][1])}" if causes else _last_line(error)
     return ClusterError(
-        "DST-6003", "workers failed", where=f"{group.most} workers", expected=f"at most {restarts} restarts", found=text,
+        "DST-6003", "workers failed", where=f"{count} workers", expected=f"at most {restarts} restarts without a new checkpoint", found=text,
         do="Run the job again: it goes on from the last checkpoint. --debug shows the whole traceback",
     )  # fmt: skip
 

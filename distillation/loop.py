@@ -48,6 +48,13 @@ class Session(Protocol):
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         """Hand over points of learning curves; called on every rank, those of rank 0 count."""
 
+    def leave(self, step: int) -> bool:
+        """Whether all ranks are to save after the next step and leave, so that another group goes on. Called in step, with the steps done."""
+
+
+class Left(Exception):
+    """A group was asked to leave: what it did is saved, and its work is not done."""
+
 
 class LocalSession:
     """A plain process of its own. What is reported is kept in `history`."""
@@ -64,6 +71,9 @@ class LocalSession:
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         self.history.append((step, dict(metrics)))
+
+    def leave(self, step: int) -> bool:
+        return False
 
 
 def learning_rate(step: int, total: int, training: TrainingConfig) -> float:
@@ -175,7 +185,7 @@ class Fit:
     def run(self) -> dict[str, float]:
         """Train to the end, from the newest checkpoint if there is one. Returns the last validation metrics and totals.
 
-        Raises DivergedError at the first loss or gradient that is not finite; weights are those of the step before.
+        Raises DivergedError at the first loss or gradient that is not finite; weights are those of the step before. Raises Left.
         """
         try:
             return self._train()
@@ -206,9 +216,10 @@ class Fit:
             batch = plan.batch(position)
             rate, step = learning_rate(position.step, plan.total, training), position.step + 1
             last, rung = step == plan.total, step in rungs
+            leaving = session.leave(position.step) and not last
             every = training.checkpoint_every if self.checkpoints is not None else 0
             held = rung and self.save_rungs and self.checkpoints is not None
-            saving = held or bool(every and step % every == 0 and not last)
+            saving = held or leaving or bool(every and step % every == 0 and not last)
             # A point at every checkpoint too: what is added up between two points is not part of one.
             reporting = step % training.log_every == 0 or last or saving or rung
             now = at(self.losses, position.step / plan.total)
@@ -232,6 +243,9 @@ class Fit:
                 self.checkpoints.close()
             for point in points:
                 session.report(point, step)
+            if leaving and self.checkpoints is not None:
+                self.checkpoints.close()
+                raise Left
         if self.checkpoints is not None:
             self.checkpoints.close()
         return {**latest, "steps": plan.total, "resumed_at": first, "seconds": time.perf_counter() - started}

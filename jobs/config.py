@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
-from cluster.config import ClusterConfig, CorpusConfig, TrackingConfig
+from cluster.config import ROLES, ClusterConfig, CorpusConfig, TrackingConfig
 from distillation.config import (
     HARD,
     NAME,
@@ -253,6 +253,19 @@ class JobConfig(Config):
                 yield f"{path} is {tokens}, less than one row of task.max_length {self.task.max_length}"
         if self.tracking.uri is None and "://" in self.cluster.storage:
             yield f"tracking.uri: name an MLflow server; SQLite cannot lie in {self.cluster.storage}"
+        yield from self._worker_problems()
+
+    def _worker_problems(self) -> Iterable[str]:
+        """Groups that may change their size while they learn something that depends on it."""
+        trainings = {"training": self.training, "finetune": self.finetune}
+        of_teachers = {f"{path}.training": teacher.training for path, teacher in self._by_path().items()}
+        for role, some in zip(ROLES, (of_teachers, trainings), strict=True):
+            for path, training in some.items() if self.cluster.group(role).elastic else ():
+                fixed = f"set cluster.{role}.workers to a number"
+                if training and isinstance(self.task, ImageClassification):
+                    yield f"{path}: batch norms learn something else with every number of workers; {fixed}"
+                elif training and training.dropout != 0:
+                    yield f"{path}.dropout: every number of workers drops something else; {fixed}, or dropout to 0"
 
     def _search_problems(self) -> Iterable[str]:
         if self.search is None:

@@ -36,15 +36,20 @@ STOP_SECONDS = 10.0
 
 
 def require_room(config: SearchConfig, cluster: ClusterConfig) -> int:
-    """Trials that the cluster can run at once, as set or as many as fit. Raises ClusterError where there is no room for one."""
+    """Trials that the cluster can run at once, as set or as many as fit. Raises ClusterError where there is no room for one.
+
+    On a cluster that starts nodes when asked, search.concurrent has to be set: it counts then, whatever nodes there are.
+    """
+    on_demand = cluster.address is not None and config.concurrent
     labels = cluster.group("student").labels
     nodes = nodes_with(labels)
     room = places(nodes, config.cpus_per_worker, config.gpus_per_worker) // config.workers_per_trial
-    if room == 0:
-        workers, do = f"{config.workers_per_trial} workers a trial", "Lower search.workers_per_trial or what each one asks for"
+    if room == 0 and not on_demand:
+        workers, ask = f"{config.workers_per_trial} workers a trial", "search.workers_per_trial or what each one asks for"
+        do = f"Lower {ask}; set search.concurrent if nodes start on demand"
         raise does_not_fit("search", workers, config.cpus_per_worker, config.gpus_per_worker, nodes, do, labels)
     cpus_per_worker(cluster, "student")
-    return min(room, config.concurrent or room)
+    return on_demand or min(room, config.concurrent or room)
 
 
 def run(

@@ -49,6 +49,8 @@ class Checkpoints:
         self._failed: list[BaseException] = []
         self.history: list[tuple[int, dict[str, float]]] = []
         """Points of the learning curves so far; the loop adds to it, checkpoints keep it."""
+        self.factors: dict[str, float] = {}
+        """Of the balanced terms of the loss, likewise."""
 
     def save(self, module: nn.Module, optimizer: torch.optim.Optimizer, position: Position, session: Ranks) -> None:
         """Copy the state and write it in a thread. Waits for the one before; raises what went wrong with it."""
@@ -57,7 +59,9 @@ class Checkpoints:
         self.close()
         weights = {name: value.detach().to("cpu", copy=True) for name, value in _tensors(module).items()}
         moments = {name: value.detach().to("cpu", copy=True) for name, value in _moments(module, optimizer).items()}
-        self._writer = threading.Thread(target=self._write, args=(weights, moments, position, list(self.history)), name="checkpoint")
+        self._writer = threading.Thread(
+            target=self._write, args=(weights, moments, position, list(self.history), dict(self.factors)), name="checkpoint"
+        )
         self._writer.start()
 
     def wait(self) -> None:
@@ -89,6 +93,7 @@ class Checkpoints:
                     leaf: moments[f"{name}.{leaf}"].to(parameter.device) for leaf in ("step", "exp_avg", "exp_avg_sq")
                 }
         self.history[:] = [(step, metrics) for step, metrics in json.loads(files["history.json"].read_text())]
+        self.factors.update(manifest.facts.get("factors", {}))
         return Position(**manifest.facts["position"])
 
     def adopt(self, folder: str, step: int) -> None:
@@ -102,7 +107,9 @@ class Checkpoints:
         source = files["weights.safetensors"].parent
         store.commit_folder(self._storage, self._name(step), source, "checkpoint", self._fingerprint, made_from, manifest.facts)
 
-    def _write(self, weights: dict[str, Tensor], moments: dict[str, Tensor], position: Position, history: list[Any]) -> None:
+    def _write(
+        self, weights: dict[str, Tensor], moments: dict[str, Tensor], position: Position, history: list[Any], factors: dict[str, float]
+    ) -> None:
         try:
             with tempfile.TemporaryDirectory(prefix="distillery-") as name:
                 folder = Path(name)
@@ -110,7 +117,7 @@ class Checkpoints:
                 save_file(moments, folder / "optimizer.safetensors")
                 (folder / "position.json").write_text(json.dumps(asdict(position)))
                 (folder / "history.json").write_text(json.dumps(history))
-                facts = {"position": asdict(position)}
+                facts = {"position": asdict(position), "factors": factors}
                 made_from = {"run": self._fingerprint, "step": position.step}
                 store.commit_folder(self._storage, self._name(position.step), folder, "checkpoint", self._fingerprint, made_from, facts)
             for step in self._steps()[:-KEEP]:

@@ -14,6 +14,7 @@ from distillation.base_config import Config
 from distillation.loss_config import (  # noqa: F401 - whoever needs settings imports them from here
     AdaptiveKL,
     AttentionKL,
+    Balance,
     BinaryCrossEntropy,
     BinaryKL,
     Contrastive,

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from distillation.augment import augment
+from distillation.balance import balanced, due, measured, to_measure
 from distillation.batches import EpochPlan, cut, plan_epoch, share, sorted_batches
 from distillation.checkpoints import Checkpoints, Position
 from distillation.config import ONLY, LossConfig, Mixup, TrainingConfig, only_labels
@@ -207,6 +208,7 @@ class Fit:
         self._bf16 = use_bf16(training.precision, session.device)
         curve = Curve(self.losses, session)
         self.history: list[tuple[int, dict[str, float]]] = self.checkpoints.history if self.checkpoints is not None else []
+        self._factors: dict[str, float] = self.checkpoints.factors if self.checkpoints is not None else {}
         for step, metrics in self.history:  # the process that reported them may have died before they arrived
             session.report(metrics, step)
         latest: dict[str, float] = {}
@@ -222,7 +224,7 @@ class Fit:
             saving = held or leaving or bool(every and step % every == 0 and not last)
             # A point at every checkpoint too: what is added up between two points is not part of one.
             reporting = step % training.log_every == 0 or last or saving or rung
-            now = at(self.losses, position.step / plan.total)
+            now = self._balanced(at(self.losses, position.step / plan.total), batch, position.step)
             sums, squares, counts, norm = self._step(optimizer, batch, position.step, now, rate, reporting)
             position = Position(step, position.epoch, position.step_in_epoch + 1)
             curve.add(sums, counts, len(batch), int(self.rows.lengths[batch].sum()))
@@ -257,11 +259,8 @@ class Fit:
 
         Returns this rank's raw sums and, if it is reported, squared gradients of the terms; the step's counts, and the gradient norm.
         """
-        training, session, lengths = self.training, self.session, self.rows.lengths
-        counts = {name: self.rows.count(rows, unit_of(loss, self.features_at)) for name, loss in losses.items()}
-        together = group_of(losses) * (2 if isinstance(training.augment, Mixup) and group_of(losses) % 2 else 1)
-        mine = share(rows, lengths[rows], session.rank, session.world_size, together)
-        pieces = cut(mine, lengths[mine], training.microbatch_tokens, together)
+        training, session = self.training, self.session
+        counts, pieces = self._counts(rows, losses), self._pieces(rows)
         torch.manual_seed(hash((training.seed, step, session.rank)) % 2**31)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -270,10 +269,7 @@ class Fit:
         squares = sums
         # A rank without rows still takes part in the exchange of gradients: it computes one row that counts nothing.
         for number, piece in enumerate(pieces or [rows[:1]]):
-            batch = self.rows.batch(piece).to(session.device)
-            if training.augment is not None:
-                batch = augment(batch, training.augment, self.rows.task.mask, training.seed, step)
-            batch = self._told(batch)
+            batch = self._batch(piece, step)
             for each in self._norms:  # there is no mean and deviation of one
                 each.train(len(piece) > 1)
             with self._without_exchange(number < len(pieces) - 1):
@@ -295,6 +291,41 @@ class Fit:
             torch.nn.utils.clip_grads_with_norm_(parameters, training.clip, total)
         optimizer.step()
         return sums, squares, counts, norm
+
+    def _counts(self, rows: np.ndarray, losses: Mapping[str, Any]) -> dict[str, int]:
+        """What each term scores in a global batch."""
+        return {name: self.rows.count(rows, unit_of(loss, self.features_at)) for name, loss in losses.items()}
+
+    def _pieces(self, rows: np.ndarray) -> list[np.ndarray]:
+        """This rank's share of a global batch, in microbatches."""
+        training, session, lengths, group = self.training, self.session, self.rows.lengths, group_of(self.losses)
+        together = group * (2 if isinstance(training.augment, Mixup) and group % 2 else 1)
+        mine = share(rows, lengths[rows], session.rank, session.world_size, together)
+        return cut(mine, lengths[mine], training.microbatch_tokens, together)
+
+    def _batch(self, piece: np.ndarray, step: int) -> Batch:
+        batch = self.rows.batch(piece).to(self.session.device)
+        if self.training.augment is not None:
+            batch = augment(batch, self.training.augment, self.rows.task.mask, self.training.seed, step)
+        return self._told(batch)
+
+    def _balanced(self, losses: Mapping[str, Any], rows: np.ndarray, step: int) -> Mapping[str, Any]:
+        """The terms of a step, with weights that are measured on its batch where that is due."""
+        if names := due(losses, step):
+            terms = to_measure(losses, names)
+            counts, found = self._counts(rows, terms), torch.zeros(len(terms), dtype=torch.float64, device=self.session.device)
+            torch.manual_seed(hash((self.training.seed, step, self.session.rank)) % 2**31)
+            for each in self._norms:  # looked at, not learned from
+                each.eval()
+            for piece in self._pieces(rows):
+                batch = self._batch(piece, step)
+                with torch.no_grad(), torch.autocast(self.session.device.type, torch.bfloat16, enabled=self._bf16):
+                    outputs = self._forward(self.module, batch)
+                squares = gradient_squares(terms, outputs, batch, counts)
+                found += torch.stack([squares[name].double() for name in terms])
+            total = dict(zip(terms, self.session.all_reduce(found).tolist(), strict=True))
+            self._factors.update(measured(losses, names, total, counts, self._factors))
+        return balanced(losses, self._factors)
 
     def _forward(self, module: nn.Module, batch: Batch) -> Outputs:
         outputs: Outputs = module(batch.inputs, batch.scored, batch.tokens, batch.lengths, batch.signal.pooled)

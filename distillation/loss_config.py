@@ -36,8 +36,20 @@ LayerMap = Annotated[dict[int, int], Field(min_length=1)] | Literal["even", "las
 ones; skip: every n-th from the first on (as DistilBERT starts)."""
 
 
+class Balance(Config):
+    """Multiply a term so that its gradient with respect to what the student says (logits, inner states) is `weight` times as large as that of
+    another term. What that comes to is reported as train/weight/NAME."""
+
+    to: str
+    """Name of the other term."""
+    every: int = Field(20, ge=1)
+    """Steps between two measurements, each a forward pass more; the first is before the first step."""
+
+
 class _Loss(Config):
     weight: Weight = 1.0
+    """Of the term in the sum; of a balanced one, see `balance`."""
+    balance: Balance | None = None
     teacher: str | dict[str, float] | None = None
     """Which of several teachers; or a mean of their probabilities with these shares. None: the only one."""
     unit: ClassVar[Unit] = "positions"

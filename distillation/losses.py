@@ -391,4 +391,5 @@ def describe(losses: Mapping[str, Any], sums: Mapping[str, float], counts: Mappi
         "train/loss": sum(weighted.values()),
         **{f"train/loss/{name}": value for name, value in raw.items()},
         **{f"train/weighted/{name}": value for name, value in weighted.items()},
+        **{f"train/weight/{name}": loss.weight for name, loss in losses.items() if loss.balance is not None},
     }

@@ -195,6 +195,7 @@ class JobConfig(Config):
                     yield f"{path}: {user.type} needs {need} of the teacher; {REMEDIES[need]}"
                 yield from self._temperature_problems(path, user, name)
         yield from self._layer_problems()
+        yield from self._balance_problems()
         if len({loss.layer for loss in self.losses.values() if isinstance(loss, RelationKL)}) > 1:
             yield "losses: terms of type relation_kl must name the same layer of the student"
         if not any(weighs(loss) for loss in self.losses.values()):
@@ -202,6 +203,19 @@ class JobConfig(Config):
         trained = any(teacher.training for teacher in self.all_teachers.values())
         if self.corpus.labelled == 0 and (trained or not self.needs_teacher):
             yield "corpus.labelled is 0, but a loss needs labels to train on"
+
+    def _balance_problems(self) -> Iterable[str]:
+        for name, loss in self.losses.items():
+            if loss.balance is None:
+                continue
+            other = self.losses.get(loss.balance.to)
+            if other is None or other is loss or not weighs(other):
+                others = ", ".join(key for key, each in self.losses.items() if each is not loss and weighs(each)) or "none"
+                yield f"losses.{name}.balance.to: there is no other term {loss.balance.to} that counts; there are {others}"
+            elif other.balance is not None:
+                yield f"losses.{name}.balance.to: {loss.balance.to} is balanced itself; name the one that it is balanced to"
+            elif needs_of(loss) == {"labels"} != needs_of(other):
+                yield f"losses.{name}.balance: without a teacher there is no {loss.balance.to}; balance {loss.balance.to} to {name} instead"
 
     def _temperature_problems(self, path: str, loss: Any, teacher: str) -> Iterable[str]:
         """Of targets that are not whole, only some temperatures are known."""

@@ -19,9 +19,9 @@ from cluster.session import unwrap
 from cluster.training import TrainSession, run_workers, train
 from distillation import fit, store
 from distillation.batches import plan_epoch
-from distillation.config import DenseLogits, FitConfig, TargetsConfig, TrainingConfig
+from distillation.config import Balance, DenseLogits, FitConfig, TargetsConfig, TrainingConfig
 from distillation.errors import ClusterError, InputError
-from tests.tiny import rows_of, settings, world
+from tests.tiny import LOSSES, rows_of, settings, world
 
 ROOT = Path(__file__).resolve().parents[2]
 # Ray Data warns of its own old settings whenever it makes its context, also with the defaults.
@@ -49,6 +49,9 @@ def storage(tmp_path_factory):
     return world(tmp_path_factory.mktemp("world"), labelled=0.5, config=TargetsConfig(logits=DenseLogits(dtype="float32")))
 
 
+BALANCED = {**LOSSES, "soft": LOSSES["soft"].model_copy(update={"balance": Balance(to="hard", every=7)})}
+
+
 def plan(**changes):
     base = {"epochs": 1, "batch_tokens": 48, "learning_rate": 3e-4, "log_every": 1, "checkpoint_every": 5, "precision": "fp32"}
     return TrainingConfig(**{**base, **changes})
@@ -69,7 +72,7 @@ def losses(points):
 def trained(storage, name, count, *, config=None, **changes):
     """Result, curve and weights of a student trained by so many workers."""
     points = []
-    config = config or settings(storage, name, training=plan(**changes))
+    config = config or settings(storage, name, training=plan(**changes), losses=BALANCED)
     result = train(config, {}, workers(storage, count), lambda key, metrics, step: points.append((step, metrics)), "job/s")
     return result, points, weights(storage, name)
 
@@ -89,6 +92,8 @@ def test_the_number_of_workers_changes_nothing(storage, alone, count):
     assert result["steps"] == expected["steps"] == batches.steps > 30
     assert [step for step, _ in losses(points)] == list(range(1, batches.steps + 1))
     assert [loss for _, loss in losses(points)] == pytest.approx([loss for _, loss in losses(expected_points)], rel=1e-5)
+    pulls = [[metrics["train/weight/soft"] for _, metrics in each if "train/loss" in metrics] for each in (points, expected_points)]
+    assert pulls[0] == pytest.approx(pulls[1], rel=1e-4)
     measured = [name for name in expected if name.startswith("validation/")]
     assert len(measured) == 4
     assert [result[name] for name in measured] == pytest.approx([expected[name] for name in measured], rel=1e-4)

@@ -7,32 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import json
 import logging
 import os
 import re
 import shlex
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from cluster import package
+from cluster import package, reach
 from cluster.package import Package
 from distillation.errors import ClusterError, ConfigError, ConflictError, SecurityError
-
-SECONDS = 10
-"""How long the head may take to say how one logs in."""
 
 STOP_SECONDS = 60
 """How long a driver that was told to stop may take to end by itself. Ray's own 3 seconds are too few to leave MLflow in order."""
 
-ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 INTERRUPTED = 75
@@ -122,18 +113,18 @@ class Cluster:
     def __init__(self, address: str, *, insecure: bool = False) -> None:
         """Raises ClusterError if nobody answers there or the token is refused, SecurityError if it takes jobs from anybody."""
         self.address = address.rstrip("/")
-        self.mode = authentication_mode(self.address)
-        if self.mode != "token" and not is_loopback(self.address) and not insecure:
+        self.mode = reach.authentication_mode(self.address)
+        if self.mode != "token" and not reach.is_loopback(self.address) and not insecure:
             raise SecurityError(
                 "DST-9020", "cluster takes jobs from anybody who reaches it", where=self.address, expected="token authentication",
                 found=self.mode, do="Start every node of it with RAY_AUTH_MODE=token, or pass --insecure-cluster if the network is closed",
             )  # fmt: skip
-        headers = {"Authorization": f"Bearer {token()}"} if self.mode == "token" else {}
+        headers = {"Authorization": f"Bearer {reach.token()}"} if self.mode == "token" else {}
         from ray.job_submission import JobSubmissionClient
 
         for name in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging"):
             logging.getLogger(name).setLevel(logging.WARNING)
-        with self._answers(), _without(*ADDRESSES):  # Ray would take these before the argument
+        with self._answers(), _without(*reach.ADDRESSES):  # Ray would take these before the argument
             self._client = JobSubmissionClient(self.address, headers=headers)
 
     # ------------------------------------------------------------------------------------------------------------ look
@@ -263,10 +254,10 @@ class Cluster:
         except AuthenticationError as error:
             raise ClusterError(
                 "DST-6021", "cluster refuses the token", where=self.address, expected="the token that its nodes were started with",
-                found=str(error).splitlines()[0], do=f"Copy that of the head to {_token_file()}, then chmod 600 it",
+                found=str(error).splitlines()[0], do=f"Copy that of the head to {reach.token_file()}, then chmod 600 it",
             ) from error  # fmt: skip
         except OSError as error:
-            raise unreachable(self.address, error) from error
+            raise reach.unreachable(self.address, error) from error
         except RuntimeError as error:
             lines = ["", *(line for line in str(error).replace("\\n", "\n").splitlines() if line.strip())]
             found = next((line for line in lines if "already exists" in line), lines[-1])
@@ -316,68 +307,6 @@ def _attempt(job: Any) -> Attempt | None:
     number = int(match[1] or 1) if match else 0
     started, ended = (time_ / 1000 if time_ else None for time_ in (job.start_time, job.end_time))
     return Attempt(job.submission_id, number, str(job.status), request, started, ended, job.driver_exit_code, job.message or "")
-
-
-# ------------------------------------------------------------------------------------------------------------ the way there
-
-
-def address_of(option: str | None, configured: str | None = None) -> str:
-    """Of the job server: the option, the environment, the job file. Raises ConfigError where none of them names one."""
-    named = {"--address": option, **{name: os.environ.get(name) for name in ADDRESSES}, "cluster.address": configured}
-    for name, value in named.items():
-        if value and value.startswith(("http://", "https://")):
-            return value
-        if value and name == "--address":
-            break
-    raise ConfigError(
-        "DST-2060", "no address of a cluster's job server", where="--address", expected="http://HEAD:8265", found=option or "none",
-        do="Name it, or set RAY_API_SERVER_ADDRESS; through a tunnel (ray dashboard cluster.yaml) it is http://127.0.0.1:8265",
-    )  # fmt: skip
-
-
-def authentication_mode(address: str) -> str:
-    """token or disabled. Needs no login."""
-    try:
-        with urllib.request.urlopen(f"{address}/api/authentication_mode", timeout=SECONDS) as answer:
-            return str(json.loads(answer.read())["authentication_mode"])
-    except urllib.error.HTTPError as error:
-        error.close()
-        raise unreachable(address, OSError(f"HTTP {error.code}; is this the dashboard of Ray 2.60?")) from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise unreachable(address, error) from error
-
-
-def unreachable(address: str, error: BaseException) -> ClusterError:
-    found = str(getattr(error, "reason", None) or error)
-    return ClusterError(
-        "DST-6020", "the head cannot be reached", where=address, found=found,
-        do="Check the address and that the head runs; from outside open a tunnel: ray dashboard cluster.yaml, or ssh -L 8265:127.0.0.1:8265 HEAD",
-    )  # fmt: skip
-
-
-def is_loopback(address: str) -> bool:
-    host = urlsplit(address).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _token_file() -> Path:
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-
-
-def token() -> str:
-    """As Ray looks for it: RAY_AUTH_TOKEN, the file in RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token. Raises ClusterError where there is none."""
-    if value := os.environ.get("RAY_AUTH_TOKEN", "").strip():
-        return value
-    with contextlib.suppress(OSError):
-        if value := _token_file().read_text(encoding="utf-8").strip():
-            return value
-    raise ClusterError(
-        "DST-6021", "cluster asks for a token", expected="one in RAY_AUTH_TOKEN or a file", found=f"none in {_token_file()}",
-        do=f"Copy that of the head to {_token_file()}, then chmod 600 it",
-    )  # fmt: skip
 
 
 @contextlib.contextmanager

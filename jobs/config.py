@@ -266,7 +266,7 @@ class JobConfig(Config):
             if tokens < self.task.max_length:
                 yield f"{path} is {tokens}, less than one row of task.max_length {self.task.max_length}"
         if self.tracking.uri is None and "://" in self.cluster.storage:
-            yield f"tracking.uri: name an MLflow server; SQLite cannot lie in {self.cluster.storage}"
+            yield "tracking.uri: name an MLflow server; SQLite cannot lie in an object store"
         yield from self._worker_problems()
 
     def _worker_problems(self) -> Iterable[str]:

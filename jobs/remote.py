@@ -56,7 +56,8 @@ def submit(
     insecure_cluster: Insecure = False,
 ) -> None:
     """Hand a job to a cluster and return. Again: shows the one that runs, says so if it is done, goes on if it was stopped or failed."""
-    from cluster.submit import Cluster, address_of
+    from cluster.reach import address_of
+    from cluster.submit import Cluster
     from jobs import shipping
 
     made, config = shipping.request(job, overrides or [], "search" if search else "run", python, _labels(entrypoint_label or []), installed)
@@ -223,7 +224,8 @@ def doctor(job: str | None, overrides: list[str], address: str, installed: bool,
 
 
 def _cluster(address: str | None, insecure: bool) -> Cluster:
-    from cluster.submit import Cluster, address_of
+    from cluster.reach import address_of
+    from cluster.submit import Cluster
 
     return Cluster(address_of(address), insecure=insecure)
 

@@ -56,7 +56,7 @@ class Nodes:
                 "head", "--head", f"--port={self.gcs}", f"--dashboard-port={self.port}", "--dashboard-host=127.0.0.1", "--num-cpus=0",
                 f"--ray-client-server-port={free_port()}", "--labels=role=head",
             )  # fmt: skip
-            self._wait(lambda: urllib.request.urlopen(f"{self.address}/api/authentication_mode", timeout=5).close(), 90)
+            self._wait(lambda: urllib.request.urlopen(f"{self.address}/api/authentication_mode", timeout=5).close(), 240)
         except BaseException:
             self.__exit__()
             raise

@@ -12,7 +12,7 @@ import threading
 import pytest
 import yaml
 
-from cluster import package, submit
+from cluster import package, reach, submit
 from cluster.submit import Request
 from distillation.errors import ClusterError, ConfigError, SecurityError
 from jobs import shipping
@@ -197,7 +197,7 @@ def test_paths_of_this_machine_are_refused_all_at_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("uri", ["s3://key:hunter2@bucket/x", "s3://bucket/x?secret_key=hunter2"])
 def test_a_password_never_leaves(job, uri):
     with pytest.raises(SecurityError, match="DST-9002") as refused:
-        shipping.request(str(job), [f"cluster.storage={uri}"], "run")
+        shipping.request(str(job), [f"cluster.storage={uri}", "tracking.uri=http://mlflow"], "run")
     assert "hunter2" not in str(refused.value)
     with pytest.raises(SecurityError, match="DST-9007"):
         shipping.request(str(job), ["task.text=${oc.env:HF_TOKEN}"], "run")
@@ -235,30 +235,30 @@ def test_a_job_in_other_words_is_the_same_job(job, tmp_path):
 
 def test_the_address_comes_from_the_option_the_environment_the_job(monkeypatch):
     with pytest.raises(ConfigError, match="DST-2060"):
-        submit.address_of(None, "auto")
-    assert submit.address_of(None, "http://job:1") == "http://job:1"
+        reach.address_of(None, "auto")
+    assert reach.address_of(None, "http://job:1") == "http://job:1"
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")  # of Ray itself, not of its job server
-    assert submit.address_of(None, "http://job:1") == "http://job:1"
+    assert reach.address_of(None, "http://job:1") == "http://job:1"
     monkeypatch.setenv("RAY_ADDRESS", "http://ray:1")
-    assert submit.address_of(None, "http://job:1") == "http://ray:1"
+    assert reach.address_of(None, "http://job:1") == "http://ray:1"
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://server:1")
-    assert submit.address_of(None, "http://job:1") == "http://server:1"
-    assert submit.address_of("https://option:1", "http://job:1") == "https://option:1"
+    assert reach.address_of(None, "http://job:1") == "http://server:1"
+    assert reach.address_of("https://option:1", "http://job:1") == "https://option:1"
     with pytest.raises(ConfigError, match="DST-2060"):
-        submit.address_of("option:1", "http://job:1")
+        reach.address_of("option:1", "http://job:1")
 
 
 def test_the_token_comes_from_where_ray_looks(monkeypatch, tmp_path):
     with pytest.raises(ClusterError, match=r"DST-6021.*home/\.ray/auth_token"):
-        submit.token()
+        reach.token()
     (tmp_path / "home/.ray").mkdir(parents=True)
     (tmp_path / "home/.ray/auth_token").write_text("of-home\n")
-    assert submit.token() == "of-home"
+    assert reach.token() == "of-home"
     (tmp_path / "file").write_text("of-file\n")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "file"))
-    assert submit.token() == "of-file"
+    assert reach.token() == "of-file"
     monkeypatch.setenv("RAY_AUTH_TOKEN", "of-variable")
-    assert submit.token() == "of-variable"
+    assert reach.token() == "of-variable"
 
 
 @pytest.mark.parametrize(
@@ -267,7 +267,7 @@ def test_the_token_comes_from_where_ray_looks(monkeypatch, tmp_path):
      ("https://localhost.evil.example", False), ("http://0.0.0.0:1", False)],
 )  # fmt: skip
 def test_loopback(address, its):
-    assert submit.is_loopback(address) is its
+    assert reach.is_loopback(address) is its
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cluster.config import ClusterConfig, Group, Role
 from cluster.elastic import wait_for_room, watching
+from cluster.metrics import at_work, metered
 from cluster.session import Record, cpus_per_worker, mailbox, unwrap
 from distillation import fit
 from distillation.config import FitConfig
@@ -107,17 +108,17 @@ def run_workers(
     group, threads = cluster.group(role), cpus_per_worker(cluster, role)
     resources = {"CPU": float(threads)} | ({"GPU": group.gpus} if group.gpus else {})
     watched = group.elastic or cluster.address is not None  # nodes of a cluster of one's own neither come nor go
-    with mailbox(record) as box:
+    with metered(record, payload, role) as told, mailbox(told) as box:
         while True:
             count = wait_for_room(group, resources) if watched else group.most
             ray.get(box.start.remote(watched))
-            config = {**payload, "box": box, "worker": worker, "threads": threads}
+            config = {**payload, "box": box, "worker": worker, "threads": threads, "role": role}
             try:
                 with watching(box, group, count, resources) if watched else contextlib.nullcontext():
                     result = _run_group(config, cluster, group, count, resources)
             except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:  # of a worker, or of what runs them
-                if (told := ray.get(box.error.remote()) or unwrap(error)) is not None:
-                    raise told from error
+                if (ours := ray.get(box.error.remote()) or unwrap(error)) is not None:
+                    raise ours from error
                 if isinstance(error, ray.train.ControllerError) and isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
                     continue  # a node went as the group started
                 if isinstance(error, ray.exceptions.RayError) or ray.get(box.failed.remote()) > cluster.max_failures:
@@ -169,7 +170,8 @@ def _guarded(payload: dict[str, Any]) -> Any:
     """What a worker runs. An error of ours is told to the driver."""
     torch.set_num_threads(payload["threads"])
     try:
-        return payload["worker"](payload)
+        with at_work(payload.get("key", ""), payload["role"]):
+            return payload["worker"](payload)
     except DistilleryError as error:
         ray.get(payload["box"].fail.remote(error))
         raise

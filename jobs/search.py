@@ -125,6 +125,7 @@ def _shared(context: Context, trainings: Trainings) -> dict[str, Any]:
     job, search = context.plan.job, context.plan.job.search
     assert search is not None
     return {
+        "job": job.name,
         "cluster": cluster_of_trials(job.cluster, search).model_copy(update={"storage": context.plan.storage.uri}).model_dump(mode="json"),
         "quality": search.quality, "maximise": QUALITY[search.quality] == "max",
         "teacher": {"metric": trainings.headline, "value": trainings.teacher.get(trainings.headline)},

@@ -72,7 +72,10 @@ def test_every_field_is_known(path):
         (lambda spec: spec.update(rayVersoin="2"), "RayCluster.spec: unknown field rayVersoin"),
         (lambda spec: spec.pop("headGroupSpec"), "RayCluster.spec: headGroupSpec is missing"),
         (lambda spec: spec["authOptions"].update(mode="tokens"), "RayCluster.spec.authOptions.mode: 'tokens' is none of ['disabled', 'token']"),
-        (lambda spec: spec["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}), "RayCluster.spec.headGroupSpec.rayStartParams.num-cpus: 0 is no string"),
+        (
+            lambda spec: spec["headGroupSpec"]["rayStartParams"].update({"num-cpus": 0}),
+            "RayCluster.spec.headGroupSpec.rayStartParams.num-cpus: 0 is no string",
+        ),
         (
             lambda spec: spec["workerGroupSpecs"][0]["template"]["spec"]["containers"][0].update(img="x"),
             "RayCluster.spec.workerGroupSpecs[0].template.spec.containers[0]: unknown field img",
@@ -197,4 +200,4 @@ def test_the_roles_of_a_job_file_are_those_of_the_machines(machines):
         assert places([has] * count, group.cpus, group.gpus) >= group.most
         assert has["CPU"] * count > group.most * group.cpus, "CPUs are left for Ray Data"
         assert ("ray.io/market-type" in labels) == (role == "student")
-    assert [has for labels, has, _ in machines() if config.data.labels.items() <= labels.items()][0].get("GPU", 0) == 0
+    assert next(has for labels, has, _ in machines() if config.data.labels.items() <= labels.items()).get("GPU", 0) == 0

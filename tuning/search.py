@@ -23,6 +23,7 @@ from ray.tune.schedulers import TrialScheduler
 from ray.tune.search import Searcher
 
 from cluster.config import ClusterConfig
+from cluster.metrics import Meter
 from cluster.session import cpus_per_worker, does_not_fit, nodes_with, places
 from distillation.errors import ClusterError
 from distillation.storage import Storage
@@ -192,6 +193,9 @@ class Telling(tune.Callback):
 
     def __init__(self, link: Link) -> None:
         self._link = link
+
+    def on_trial_recover(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
+        Meter(f"{self._link.context['job']}/trial", "student").point({"cluster/restarts": 1.0}, 0)
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **_: Any) -> None:
         if self._link.director.closed:

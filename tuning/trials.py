@@ -6,6 +6,7 @@ Nothing here loads the teacher.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import socket
 import tempfile
@@ -21,6 +22,7 @@ import torch
 
 from cluster import training
 from cluster.config import ClusterConfig, Group
+from cluster.metrics import Meter, at_work
 from distillation import fit, inference, models
 from distillation.config import FitConfig
 from distillation.errors import DistilleryError
@@ -46,13 +48,16 @@ def run_trial(config: dict[str, Any]) -> None:
         if config["role"] == "measure":
             reporter.finish("finished", measured=measure(config["work"]))
             return
+        key = f"{config['work']['job']}/{config['role']}"
         if _workers(config["work"]).most == 1:
             settings = FitConfig.model_validate(config["work"]["fit"])
             if "adopt" in config["work"]:
                 fit.go_on_from(settings, **config["work"]["adopt"])
-            result = fit.train(settings, TrialSession(reporter, _device(config["work"])), config["work"]["made_from"])
+            meter = Meter(key, "student", len(settings.targets), len(settings.live))
+            with at_work(key, "student"), contextlib.closing(meter):
+                result = fit.train(settings, TrialSession(reporter, _device(config["work"]), meter), config["work"]["made_from"])
         else:
-            result = _train_on_workers(config["work"], reporter)
+            result = _train_on_workers(config["work"], reporter, key)
         reporter.finish("finished", seconds=time.monotonic() - started, answered=int(result.get("teacher_rows", 0)))
     except FAILURES as error:
         if isinstance(error, ray.exceptions.RayError):  # the cluster's fault, not the trial's: Tune tries again
@@ -113,15 +118,16 @@ class Reporter:
 class TrialSession(LocalSession):
     """The training loop's view of a trial of one worker."""
 
-    def __init__(self, reporter: Reporter, device: str) -> None:
+    def __init__(self, reporter: Reporter, device: str, meter: Meter) -> None:
         super().__init__(device)
-        self._reporter = reporter
+        self._reporter, self._meter = reporter, meter
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
+        self._meter.point(metrics, step)
         self._reporter.point(metrics, step)
 
 
-def _train_on_workers(work: Mapping[str, Any], reporter: Reporter) -> dict[str, float]:
+def _train_on_workers(work: Mapping[str, Any], reporter: Reporter, key: str) -> dict[str, float]:
     """Train below this trial with Ray Train. Points arrive in a thread of the mailbox and are handed to Tune from this one.
 
     If Tune stops the trial it ends this process, and with it goes what it started.
@@ -135,9 +141,7 @@ def _train_on_workers(work: Mapping[str, Any], reporter: Reporter) -> dict[str, 
     def run() -> None:
         try:
             config = FitConfig.model_validate(work["fit"])
-            outcome.set_result(
-                training.train(config, work["made_from"], ClusterConfig.model_validate(work["cluster"]), record, config.name)
-            )
+            outcome.set_result(training.train(config, work["made_from"], ClusterConfig.model_validate(work["cluster"]), record, key))
         except BaseException as error:  # noqa: BLE001 - handed to the trial's thread, which raises it
             outcome.set_exception(error)
         points.put(None)

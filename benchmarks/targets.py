@@ -37,7 +37,7 @@ KINDS = {
     **{f"top-{k} {dtype}": TopKLogits(type="topk", k=k, dtype=dtype) for k in (8, 16, 24, 32, 64, 128, 256) for dtype in ("float16",)},
     **{f"top-{k} uint8": TopKLogits(type="topk", k=k, dtype="uint8") for k in (16, 32, 48, 64)},
     "top-24 float32": TopKLogits(type="topk", k=24, dtype="float32"),
-    **{f"{n} draws": SampledLogits(type="sampled", draws=n) for n in (10, 25, 50, 100)},
+    **{f"{n} draws": SampledLogits(type="sampled", draws=n) for n in (10, 25, 32, 50, 100)},
 }
 
 

@@ -202,7 +202,13 @@ class MaskTokens(Config):
     share: float = Field(0.1, gt=0, lt=1)
 
 
-AugmentConfig = Annotated[Mixup | MaskTokens, Field(discriminator="type")]
+class DrawMasks(Config):
+    """Of masked_lm: other tokens are hidden at every step, as many of each row as in the corpus (Liu et al. 2019, dynamic masking)."""
+
+    type: Literal["draw_masks"]
+
+
+AugmentConfig = Annotated[Mixup | MaskTokens | DrawMasks, Field(discriminator="type")]
 
 
 class TrainingConfig(Config):
@@ -230,7 +236,7 @@ class TrainingConfig(Config):
     dropout: float | None = Field(0.0, ge=0, lt=1)
     """0 makes a run independent of the number of workers; null leaves what the model's own configuration says."""
     augment: AugmentConfig | None = None
-    """Inputs that are not in the corpus; with a live teacher only."""
+    """Inputs that are not in the corpus: a teacher whose answers are stored said nothing about them, so with a live one or none."""
     seed: int = Field(0, ge=0, lt=2**31)
     log_every: int = Field(10, ge=1)
     """Steps between two points of a learning curve."""
@@ -458,7 +464,7 @@ class PretrainedStudent(Config):
 
     type: Literal["pretrained"]
     model: str = Field(min_length=1)
-    """Hub id, folder, s3://... or package:NAME/folder."""
+    """Hub id, folder, s3://..., package:NAME/folder, or student:JOB/STUDENT (a finished student of another job in the same storage)."""
     revision: str | None = None
     pickled_weights: bool = False
 

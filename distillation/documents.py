@@ -149,8 +149,7 @@ def encode_masked(task: MaskedLM, tokenizer: Any, ids: list[str], contents: list
     pieces: dict[int, list[int]] = defaultdict(list)
     for piece, i in enumerate(found["overflow_to_sample_mapping"]):
         pieces[i].append(piece)
-    special = {*tokenizer.all_special_ids, *tokenizer("")["input_ids"]}
-    ordinary = np.array(sorted(set(tokenizer.get_vocab().values()) - special), np.int64)
+    ordinary = ordinary_ids(tokenizer)
     for i in range(len(contents)):
         if len(pieces[i]) > 1 and task.too_long == "drop":
             made.tallies["too_long", i] += 1
@@ -158,7 +157,7 @@ def encode_masked(task: MaskedLM, tokenizer: Any, ids: list[str], contents: list
         kept = 0
         for piece in pieces[i]:
             row, offsets = np.array(found["input_ids"][piece]), [o for o in found["offset_mapping"][piece] if o[1]]
-            free = (np.array(found["special_tokens_mask"][piece]) == 0) & ~np.isin(row, sorted(special))
+            free = (np.array(found["special_tokens_mask"][piece]) == 0) & np.isin(row, ordinary)
             if not free.any():
                 continue
             id_ = piece_id(ids[i], kept)
@@ -168,6 +167,12 @@ def encode_masked(task: MaskedLM, tokenizer: Any, ids: list[str], contents: list
                      input_ids=hidden.tolist(), places=places.tolist(), labels=row[places].tolist())  # fmt: skip
             kept += 1
         _settle(made, i, kept, len(pieces[i]) - kept)
+
+
+def ordinary_ids(tokenizer: Any) -> np.ndarray:
+    """Ids of all tokens that stand for text, ascending: those that can be hidden."""
+    special = {*tokenizer.all_special_ids, *tokenizer("")["input_ids"]}
+    return np.array(sorted(set(tokenizer.get_vocab().values()) - special), np.int64)
 
 
 def hide(row: np.ndarray, free: np.ndarray, share: float, id_: str, mask: int, ordinary: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

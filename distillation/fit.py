@@ -21,6 +21,7 @@ from distillation.checkpoints import Checkpoints
 from distillation.config import (
     AttentionKL,
     CausalLM,
+    DrawMasks,
     Embedding,
     FitConfig,
     ImageClassification,
@@ -30,6 +31,7 @@ from distillation.config import (
     TaskConfig,
     needs_of,
 )
+from distillation.documents import ordinary_ids
 from distillation.errors import ConfigError, InputError
 from distillation.loop import Fit, Session
 from distillation.losses import projected, student_layers
@@ -60,6 +62,8 @@ def train(config: FitConfig, session: Session, made_from: Mapping[str, Any]) -> 
     if teacher is not None and source != teacher and not reads_its_own and not isinstance(config.task, ImageClassification):
         models.require_same_vocabulary(source, teacher)
     task, training = reader(config.task, source, config.labels), config.training
+    if isinstance(training.augment, DrawMasks):
+        task.ordinary = ordinary_ids(models.require_tokenizer_fits(source))
     start = model_folder(storage, config.start) if config.start is not None else None
     kept = _kept(config, storage, teacher, start)
     table = table_of(kept, source) if kept is not None else None

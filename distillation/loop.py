@@ -306,7 +306,7 @@ class Fit:
     def _batch(self, piece: np.ndarray, step: int) -> Batch:
         batch = self.rows.batch(piece).to(self.session.device)
         if self.training.augment is not None:
-            batch = augment(batch, self.training.augment, self.rows.task.mask, self.training.seed, step)
+            batch = augment(batch, self.training.augment, self.rows.task.mask, self.training.seed, step, self.rows.task.ordinary)
         return self._told(batch)
 
     def _balanced(self, losses: Mapping[str, Any], rows: np.ndarray, step: int) -> Mapping[str, Any]:

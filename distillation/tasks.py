@@ -31,6 +31,8 @@ class Task:
     """Class of transformers that loads its models."""
     lazy: ClassVar[bool] = False
     """Logits are made piece by piece from the input of the head."""
+    ordinary: np.ndarray | None = None
+    """Ids of the tokens that can be hidden, where others than those of the corpus are."""
     speaks: ClassVar[bool] = False
     """Its classes are the vocabulary."""
     names: ClassVar[tuple[str, ...]]

@@ -31,6 +31,7 @@ from distillation.config import (
 from distillation.encoding import READ_AGAIN
 from distillation.errors import ConfigError, InputError
 from distillation.features import layer_map
+from distillation.storage import Storage
 from distillation.students import chosen_layers, cut_config
 from jobs import beginnings
 from jobs.config import JobConfig, asked
@@ -48,7 +49,7 @@ SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_m
 """Settings by which logits become more than what the output layer gives."""
 
 STUDENT = "student:"
-"""Before JOB/STUDENT: a finished student of another job as a teacher."""
+"""Before JOB/STUDENT: a finished student of another job, as a teacher or to start from."""
 
 
 def with_layers(job: JobConfig, depth: int | None, configs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -81,32 +82,49 @@ def locate(model: TeacherConfig | PretrainedStudent, job: JobConfig | None = Non
     if isinstance(model.model, NewModel):
         assert job is not None
         return beginnings.folder_of(model.model, job)
-    if model.model.startswith(STUDENT) and job is not None:
-        return _student_of_job(model.model.removeprefix(STUDENT), job)
-    return models.locate(model.model, revision=model.revision, pickled_weights=model.pickled_weights)
+    address = (
+        _student_of_job(model.model.removeprefix(STUDENT), job) if model.model.startswith(STUDENT) and job is not None else model.model
+    )
+    return models.locate(address, revision=model.revision, pickled_weights=model.pickled_weights)
 
 
-def _student_of_job(name: str, job: JobConfig) -> Path:
-    """The newest export of JOB/STUDENT in this job's storage. Raises InputError where there is none."""
+def _student_of_job(name: str, job: JobConfig) -> str:
+    """Folder or address of the newest export of JOB/STUDENT in this job's storage. Raises InputError where there is none."""
     owner, _, student = name.partition("/")
-    named = all(re.match(NAME, part) for part in (owner, student))
-    root = job.workspace.parent / owner if named else job.workspace.parent
-    found = [path for path in root.glob(f"*/students/{student}") if (path / "config.json").is_file()] if named else []
+    storage, root = Storage(job.cluster.storage), f"runs/{owner}"
+    exports = [f"{root}/{run}/students" for run in storage.list(root)] if re.match(NAME, owner) else []
+    there = {f"{folder}/{one}" for folder in exports for one in storage.list(folder) if storage.exists(f"{folder}/{one}/config.json")}
+    found = [path for path in there if path.endswith(f"/{student}")]
     if not found:
         raise InputError(
-            "DST-3231", "no finished student of that name", where=f"{STUDENT}{name}", expected=f"{root}/*/students/STUDENT",
-            found=", ".join(sorted({path.name for path in root.glob("*/students/*")})) or "none", do="Run that job first",
+            "DST-3231", "no finished student of that name", where=f"{STUDENT}{name}", expected=f"{storage.path('runs')}/JOB/*/students/STUDENT",
+            found=", ".join(sorted({path.rpartition("/")[2] for path in there})) or "none", do="Run that job first",
         )  # fmt: skip
-    return max(found, key=lambda path: path.stat().st_mtime)
+    newest = max(found, key=lambda path: storage.arrow.get_file_info(f"{storage.path(path)}/config.json").mtime_ns)
+    place, mark, settings = storage.uri.partition("?")
+    return f"{place.rstrip('/')}/{newest}{mark}{settings}"
+
+
+def with_students_found(job: JobConfig) -> JobConfig:
+    """The job, with the addresses of students of other jobs that one of its own starts from. Raises InputError where there is none."""
+    found = {
+        name: student.model_copy(update={"model": _student_of_job(student.model.removeprefix(STUDENT), job)})
+        for name, student in job.all_students.items()
+        if isinstance(student, PretrainedStudent) and student.model.startswith(STUDENT)
+    }
+    if not found:
+        return job
+    return job.model_copy(update={"student": found.get("student", job.student)} if job.student else {"students": {**job.students, **found}})
 
 
 def require_rungs(jobs: Sequence[JobConfig]) -> None:
     """Raise InputError if a job of a ladder needs a student that neither lies in the storage nor comes of a job before it."""
     made: set[str] = set()
     for job in jobs:
-        for teacher in job.all_teachers.values():
-            if isinstance(teacher.model, str) and teacher.model.startswith(STUDENT) and teacher.model not in made:
-                locate(teacher, job)
+        starts = [student for student in job.all_students.values() if isinstance(student, PretrainedStudent)]
+        for one in [*job.all_teachers.values(), *starts]:
+            if isinstance(one.model, str) and one.model.startswith(STUDENT) and one.model not in made:
+                locate(one, job)
         made |= {f"{STUDENT}{job.name}/{name}{tuned}" for name in job.all_students for tuned in ("", "-tuned")}
 
 

@@ -25,6 +25,7 @@ from distillation.config import (
     ConvolutionalStudent,
     CrossEntropy,
     DenseLogits,
+    DrawMasks,
     ImageClassification,
     LayersStudent,
     LossConfig,
@@ -162,7 +163,9 @@ class JobConfig(Config):
     def _augment_problems(self) -> Iterable[str]:
         task, augment = self.task, self.training.augment
         for path, training in {"finetune": self.finetune, **{p: t.training for p, t in self._by_path().items()}}.items():
-            if training and training.augment:
+            if training and isinstance(training.augment, DrawMasks) and not isinstance(task, MaskedLM):
+                yield f"{path}.augment: draw_masks is for masked_lm, the task is {task.type}"
+            elif training and training.augment and not isinstance(training.augment, DrawMasks):
                 yield f"{path}.augment: only students are trained on mixed or masked rows; leave it out"
         if augment is None:
             return
@@ -170,6 +173,12 @@ class JobConfig(Config):
             yield "training.augment: mixup does not mix pairs of texts"
         if stored := [name for name in self.asked_teachers if not self.all_teachers[name].live]:
             yield f"training.augment: {', '.join(stored)} said nothing about mixed or masked rows; set live: true there"
+        if isinstance(augment, DrawMasks) and not isinstance(task, MaskedLM):
+            yield f"training.augment: draw_masks is for masked_lm, the task is {task.type}"
+        if isinstance(augment, MaskTokens | DrawMasks):
+            for name, student in self.all_students.items():
+                if isinstance(student, LayersStudent) and student.trim_vocabulary:
+                    yield f"students.{name}.trim_vocabulary: {augment.type} hides tokens by the ids of the corpus; leave one of the two out"
         mixes = ("text_classification", "image_classification")
         if isinstance(augment, Mixup) and task.type not in mixes:
             yield f"training.augment: mixup is for {' and '.join(mixes)}, the task is {task.type}"

@@ -28,7 +28,7 @@ from distillation.network import relation_modules
 from distillation.storage import Storage
 from distillation.store import Manifest
 from distillation.students import outline, require_buildable
-from jobs.checks import check_student, check_teacher, depth_of_student, locate, reads_its_own, with_layers
+from jobs.checks import check_student, check_teacher, depth_of_student, locate, reads_its_own, with_layers, with_students_found
 from jobs.config import JobConfig
 
 
@@ -141,6 +141,7 @@ class Plan:
 
         Raises what `make_plan` raises about students.
         """
+        job = with_students_found(job)
         for name, student in job.all_students.items():
             check_student(job, name, student, self.configs)
         targets = {name: stage for name, stage in self.targets.items() if name in job.asked_teachers}
@@ -197,7 +198,7 @@ def make_plan(job: JobConfig) -> Plan:
     """Find the model, look at the corpus's sources, derive every fingerprint. Raises what a user can mend before anything runs."""
     if not (job.cluster.storage.startswith(("/", "~")) or "://" in job.cluster.storage):
         job = job.model_copy(update={"cluster": job.cluster.model_copy(update={"storage": str(Path(job.cluster.storage).resolve())})})
-    storage = Storage(job.cluster.storage)
+    job, storage = with_students_found(job), Storage(job.cluster.storage)
     folders = {name: locate(teacher, job) for name, teacher in job.all_teachers.items()}
     model = next(iter(folders.values()))
     for name, folder in folders.items():

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from distillation.augment import PARTNER, SHARE, augment
-from distillation.config import CrossEntropy, MaskTokens, Mixup
+from distillation.config import CrossEntropy, DrawMasks, MaskedLM, MaskTokens, Mixup
+from distillation.documents import hide
 from distillation.losses import CLASS_TERMS
 from distillation.network import Network
 from distillation.signals import UNLABELLED
+from distillation.tasks import build_task
 from tests.tiny import TASK, bert, rows_of, world
 
 MIXUP, MASKED = Mixup(type="mixup", alpha=0.4), MaskTokens(type="mask_tokens", share=0.5)
@@ -20,6 +22,40 @@ MIXUP, MASKED = Mixup(type="mixup", alpha=0.4), MaskTokens(type="mask_tokens", s
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory):
     return rows_of(world(tmp_path_factory.mktemp("world"), labelled=0.5), with_targets=False)
+
+
+def test_masks_are_drawn_anew_and_as_many():
+    task, generator = MaskedLM(type="masked_lm", max_length=64), np.random.default_rng(0)
+    ordinary, originals, columns = np.arange(5, 40), [], {"input_ids": [], "places": [], "labels": []}
+    for i in range(6):
+        row = np.array([2, *generator.integers(5, 40, 10 + i), 3])
+        hidden, places = hide(row, np.arange(1, 11 + i), 0.3, f"{i:032x}", 4, ordinary)
+        originals.append(row)
+        columns = {
+            "input_ids": [*columns["input_ids"], hidden],
+            "places": [*columns["places"], places],
+            "labels": [*columns["labels"], row[places]],
+        }
+    columns["length"] = np.array([len(row) for row in originals])
+    ids = [f"{i:032x}" for i in range(6)]
+    batch = build_task(task).collate(ids, columns, {})
+    drawn = [augment(batch, DrawMasks(type="draw_masks"), 4, 0, step, ordinary) for step in range(40)]
+    for one in drawn:
+        assert one.positions.tolist() == batch.positions.tolist() == [3, 3, 4, 4, 4, 4]  # 0.3 of 10 to 15, rounded
+        flat = one.inputs["input_ids"].flatten().clone()
+        assert not torch.equal(flat[one.scored], one.labels)  # something is hidden
+        flat[one.scored] = one.labels  # what was hidden put back
+        ends = np.cumsum(columns["length"])
+        assert [flat[batch.tokens][e - len(row) : e].tolist() for e, row in zip(ends, originals, strict=True)] == [
+            row.tolist() for row in originals
+        ]
+    first = [frozenset(one.scored[:3].tolist()) for one in drawn]
+    assert len(set(first)) > 20  # of 120
+    assert set().union(*first) == set(range(1, 11))  # every token of the first row, never its frame
+    again = augment(
+        build_task(task).collate(ids[:2], {n: v[:2] for n, v in columns.items()}, {}), DrawMasks(type="draw_masks"), 4, 0, 7, ordinary
+    )
+    assert again.labels.tolist() == drawn[7].labels[:6].tolist()  # however the batch is cut
 
 
 def test_neighbours_are_mixed_and_one_left_over_stays_alone(rows):

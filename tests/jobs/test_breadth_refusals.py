@@ -181,6 +181,11 @@ REFUSED = {
                                       r"DST-2005\]: .*losses\.map: attention_kl needs attentions of the teacher; set teacher\.live: true"),
     "mixed rows and a stored teacher": ("labels", {"training.augment": {"type": "mixup"}}, 2,
                                         r"DST-2005\]: .*training\.augment: teacher said nothing about mixed or masked rows; set live: true"),
+    "masks drawn anew and a stored teacher": (
+        "words", {"task.type": "masked_lm", "teacher.model": "./masked", "training.augment": {"type": "draw_masks"}}, 2,
+        r"DST-2005\]: .*training\.augment: teacher said nothing about mixed or masked rows; set live: true"),
+    "masks of another task": ("words", {"training.augment": {"type": "draw_masks"}, "teacher.live": True}, 2,
+                              r"DST-2005\]: .*training\.augment: draw_masks is for masked_lm, the task is causal_lm"),
     "mixed rows of a language model": ("words", {"training.augment": {"type": "mixup"}, "teacher.live": True}, 2,
                                        r"DST-2005\]: .*training\.augment: mixup is for text_classification and image_classification"),
     "pairs without their second text": ("labels", {"task.pair": "question"}, 3,

@@ -1,13 +1,15 @@
 """Models that do not fit a job, told by their config.json alone; and ladders with a rung missing."""
 
 import json
+import time
 
 import pytest
 
 from distillation.config import CausalLM
 from distillation.errors import ConfigError, InputError
-from jobs.checks import PACKS, check_student, check_teacher, require_rungs
+from jobs.checks import PACKS, check_student, check_teacher, locate, require_rungs, with_students_found
 from jobs.config import JobConfig
+from tests.distillation import test_storage
 
 BERT = {"model_type": "bert", "num_hidden_layers": 4, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 40}
 GPT = {"model_type": "gpt2", "n_layer": 2, "n_embd": 16, "n_head": 2, "vocab_size": 40, "n_positions": 64}
@@ -15,6 +17,10 @@ RESNET = {"model_type": "resnet", "depths": [1, 1], "hidden_sizes": [8, 16], "nu
 TEXT, IMAGE = {"type": "text_classification", "max_length": 16}, {"type": "image_classification", "size": 16, "channels": 3}
 SOFT = {"soft": {"type": "forward_kl", "temperature": 1.0}}
 LIVE = {"teacher": {"model": "m", "live": True, "targets": {"logits": {"type": "dense"}}}}
+
+
+s3, s3_server = test_storage.s3, test_storage.s3_server
+"""Fixtures."""
 
 
 def job(task, **changes):
@@ -85,6 +91,22 @@ def test_students_that_cannot_be():
         check_student(deep, "small", deep.student, {"teacher": BERT})
 
 
+def test_a_student_of_another_job_is_found_in_remote_storage(s3, tmp_path):
+    settings = {"cluster": {"storage": s3.uri}, "tracking": {"uri": "http://127.0.0.1:1"}}
+    for run, width in (("11111111", 8), ("22222222", 12)):
+        s3.write(f"runs/first/{run}/students/small/config.json", json.dumps({**BERT, "hidden_size": width}).encode())
+        s3.write(f"runs/first/{run}/students/small/model.safetensors", b"weights")
+        time.sleep(1.1)  # times are in seconds there
+    s3.write("runs/first/33333333/students/half/model.safetensors", b"weights")  # an upload that was not finished
+    taught = job(TEXT, **settings, teacher={"model": "student:first/small"})
+    assert json.loads((locate(taught.lead, taught) / "config.json").read_text())["hidden_size"] == 12
+    begun = with_students_found(job(TEXT, **settings, student={"type": "pretrained", "model": "student:first/small"}))
+    assert begun.student.model == s3.uri.replace("?", "/runs/first/22222222/students/small?")
+    assert (locate(begun.student) / "model.safetensors").read_bytes() == b"weights"
+    with pytest.raises(InputError, match=r"DST-3231.*student:first/half.*found small"):
+        with_students_found(job(TEXT, **settings, student={"type": "pretrained", "model": "student:first/half"}))
+
+
 def test_a_ladder_is_whole_before_its_first_job_runs(tmp_path):
     storage = {"cluster": {"storage": str(tmp_path)}}
     first = job(TEXT, **storage)
@@ -94,3 +116,5 @@ def test_a_ladder_is_whole_before_its_first_job_runs(tmp_path):
         require_rungs([second, first])
     with pytest.raises(InputError, match=r"DST-3231.*student:j/other"):
         require_rungs([first, job(TEXT, **storage, name="k", teacher={"model": "student:j/other"})])
+    with pytest.raises(InputError, match=r"DST-3231.*student:j/other"):
+        require_rungs([first, job(TEXT, **storage, name="k", student={"type": "pretrained", "model": "student:j/other"})])

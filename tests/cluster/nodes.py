@@ -45,7 +45,7 @@ class Nodes:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         return {
             **kept, "HOME": str(self.folder / "home"), "RAY_AUTH_MODE": self.auth, "RAY_AUTH_TOKEN_PATH": str(self.token_file),
-            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0",
             "RAY_agent_register_timeout_ms": "100000",  # on a busy machine the agents of a node take longer to start than Ray waits for them
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **changes,
         }  # fmt: skip

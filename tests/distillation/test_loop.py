@@ -32,7 +32,7 @@ from distillation.config import (
     TrainingConfig,
 )
 from distillation.errors import DivergedError, InputError
-from distillation.loop import LocalSession, learning_rate
+from distillation.loop import Left, LocalSession, learning_rate
 from distillation.losses import unit_of, weigh
 from distillation.network import observe
 from distillation.rows import open_rows
@@ -109,6 +109,25 @@ def test_stopped_in_mid_epoch_and_resumed_is_bitwise_the_same(storage, stop):
     assert losses_of(second.history) == losses_of(whole)  # what came before the checkpoint is reported again: it may not have arrived
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
     assert len(storage.list(f"students/cut-{stop}.checkpoints")) == 0
+
+
+class LeavingSession(LocalSession):
+    """Is asked to leave when six steps are done."""
+
+    def leave(self, step):
+        return step == 6
+
+
+def test_a_group_that_is_asked_to_leave_keeps_every_step(storage):
+    plain = trained(storage, "stays", training=faster(log_every=4))
+    leaving = LeavingSession()
+    with pytest.raises(Left):
+        trained(storage, "leaves", leaving, training=faster(log_every=4))
+    assert storage.list("students/leaves.checkpoints") == ["step-00000007"]  # the step that was begun is ended
+    assert [step for step, _ in leaving.history] == [4, 7]  # and told, as at any checkpoint
+    result, _, weights = trained(storage, "leaves", training=faster(log_every=4))
+    assert result["resumed_at"] == 7
+    assert all(torch.equal(value, weights[name]) for name, value in plain[2].items())
 
 
 def test_resume_keeps_the_curve_whatever_the_cadences(storage):

@@ -272,7 +272,22 @@ def test_unknown_key_of_one_of_several_students():
         ("corpus.labelled", 1.1, r"corpus\.labelled: .*less than or equal to 1"),
         ("corpus.test", 0.95, r"corpus: shares of validation and test .*\[0\.1, 0\.95\]"),
         ("corpus.test", 0.0, r"corpus: shares of validation and test .*above 0"),
-        ("cluster.workers", 0, r"cluster\.workers: .*at least 1, got 0"),
+        ("cluster.workers", 0, r"cluster\.workers: .*greater than or equal to 1, got 0"),
+        ("cluster.workers", "many", r"found cluster\.workers: must be a number of workers or \{min: \.\.\., max: \.\.\.\}, got 'many'$"),
+        ("cluster.workers", None, r"found cluster\.workers: must be a number of workers or .*, got None$"),
+        ("cluster.workers", 1.5, r"found cluster\.workers: Input should be a valid integer, got a number with a fractional part, got 1\.5$"),
+        ("cluster.workers", {"min": 0, "max": 2}, r"found cluster\.workers\.min: .*greater than or equal to 1, got 0$"),
+        ("cluster.workers", {"min": 3, "max": 2}, r"found cluster\.workers: min must not be above max, got 3 and 2$"),
+        ("cluster.workers", {"min": 1}, r"found cluster\.workers\.max: Field required$"),
+        ("cluster.teacher.workers", {"min": 1, "max": 2, "mx": 1}, r'found unknown key "cluster\.teacher\.workers\.mx", did you mean "max"\?$'),
+        ("cluster.student.workers", 0, r"found cluster\.student\.workers: .*greater than or equal to 1, got 0$"),
+        ("cluster.student.cpus_per_worker", 0, r"cluster\.student\.cpus_per_worker: .*greater than or equal to 1"),
+        ("cluster.teacher.gpus_per_worker", 2, r"cluster: teacher: gpus_per_worker must be 0 or 1"),
+        ("cluster.student.labels", {"pool": "a b"}, r"cluster\.student\.labels: pool must be a value, !value, in\(a, b\) or !in\(a, b\), got 'a b'"),
+        ("cluster.student.labels", {"": "a"}, r"cluster\.student\.labels: '' is no name of a label"),
+        ("cluster.data.labels", {"pool": 3}, r"cluster\.data\.labels\.pool: .*valid string, got 3"),
+        ("cluster.data.workers", 2, r'unknown key "cluster\.data\.workers" \(allowed: labels\)'),
+        ("cluster.teacher.shards", "some", r"found cluster\.teacher\.shards: must be a number of workers or all, got some$"),
         ("cluster.gpus_per_worker", -1, r"cluster\.gpus_per_worker"),
         ("student.layers", [2, 1], r"student: layers must rise"),
         ("student.layers", [-1], r"student: layers must rise without repeats from 0"),
@@ -567,3 +582,31 @@ def test_flat_is_what_one_writes_on_the_command_line():
         text(), [f"{key}={value}" for key, value in flat.items() if value is not None and key.startswith(("losses.", "training.l"))], "x"
     )
     assert again == job
+
+
+ELASTIC = {"cluster": {"workers": {"min": 1, "max": 2}}}
+IMAGES = {
+    "task": {"type": "image_classification"}, "corpus": {"type": "digits"}, "baseline": False,
+    "student": {"type": "convolutional", "depths": [1, 1], "hidden_sizes": [8, 16]},
+}  # fmt: skip
+
+
+def test_workers_may_come_and_go_where_nothing_depends_on_their_number():
+    assert parse(text(**ELASTIC), (), "x").cluster.group("student").elastic
+    refused(
+        text(**ELASTIC, training={"epochs": 1, "dropout": None}),
+        r"training\.dropout: every number.*set cluster\.student\.workers to a number",
+    )
+    fixed = {"workers": {"min": 1, "max": 2}, "student": {"workers": 2}}
+    dropping = {"model": "a/b", "training": {"epochs": 1, "dropout": 0.1}}
+    assert parse(text(cluster=fixed, training={"epochs": 1, "dropout": 0.1}), (), "x").cluster.group("teacher").elastic
+    refused(text(cluster=fixed, teacher=dropping), r"teacher\.training\.dropout: every number.*set cluster\.teacher\.workers to a number")
+    refused(text(**ELASTIC, **IMAGES), r"training: batch norms learn something else with every number of workers")
+
+
+@pytest.mark.parametrize("wanted", ["spot", "!spot", "in(a, b)", "!in(a,b)", "A100", "us-east-1a"])
+def test_labels_that_ray_knows(wanted):
+    from ray._private.label_utils import validate_label_selector
+
+    assert parse(changed("cluster.data.labels", {"ray.io/accelerator-type": wanted}), (), "x").cluster.data.labels
+    assert validate_label_selector({"ray.io/accelerator-type": wanted}) is None

@@ -47,19 +47,27 @@ class Progress:
         self.console.print(f"      [dim]{escape(text)}[/dim]", soft_wrap=True)
 
     def point(self, metrics: Mapping[str, float], step: int) -> None:
-        """A point of a learning curve, as a line that is replaced (terminal) or printed every `LOG_SECONDS` (log)."""
-        text = _line(metrics, step)
+        """A point of a learning curve, as a line that is replaced (terminal) or printed every `LOG_SECONDS` (log).
+
+        That workers began again is told at once.
+        """
+        if restarts := int(metrics.get("cluster/restarts", 0)):
+            wasted = int(metrics.get("cluster/wasted_steps", 0))
+            self.note(f"workers began again ({restarts} so far" + (f"; {wasted:,} steps are done twice)" if wasted else ")"))
+        if not (text := _line(metrics, step)):
+            return
         if self._status is not None:
             self._status.update(f"{escape(self._stage)}  [dim]{escape(text)}[/dim]")
         elif time.monotonic() - self._last > LOG_SECONDS:
             self._last = time.monotonic()
-            self.console.print(f"      {escape(text)}")
+            self.console.print(f"      {escape(text)}", soft_wrap=True)
 
 
 def _line(metrics: Mapping[str, float], step: int) -> str:
+    """What is worth a look; empty where nothing is."""
     shown = {
-        "train/loss": "loss {:.3f}", "validation/accuracy": "validation accuracy {:.3f}", "perf/rows_per_second": "{:.0f} rows/s",
-        "teacher/rows": "{:.0f} rows answered",
+        "train/loss": "loss {:.3f}", "validation/accuracy": "validation accuracy {:.3f}", "perf/rows_per_second": "{:,.0f} rows/s",
+        "perf/tokens_per_second": "{:,.0f} tokens/s", "teacher/rows": "{:,.0f} rows answered", "teacher/rows_per_second": "{:,.0f} rows/s",
     }  # fmt: skip
     parts = [form.format(metrics[name]) for name, form in shown.items() if name in metrics]
-    return "  ".join([f"step {step}", *parts])
+    return "  ".join([*([f"step {step:,}"] if "teacher/rows" not in metrics else []), *parts]) if parts else ""

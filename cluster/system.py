@@ -72,6 +72,8 @@ def watched(journal: Journal, key: str) -> Iterator[None]:
                 # The time of the run, so that a job that goes on continues its curves.
                 step = int(time.time() - journal.began(key) / 1000)
                 for number, values in pool.map(_measure, alive):
+                    if done.is_set():  # soon the journal is closed
+                        break
                     if values:
                         journal.metrics(key, {f"system/node_{number}/{name}": value for name, value in values.items()}, step)
 

@@ -49,8 +49,11 @@ class Recorded:
         return [point.step for point in self.client.get_metric_history(self.children[name].info.run_id, metric)]
 
     def points(self):
-        runs = [self.parent, *self.children.values()]
-        return sum(len(self.client.get_metric_history(run.info.run_id, metric)) for run in runs for metric in run.data.metrics)
+        """Of all that the job measures of itself; the nodes are measured whenever it runs."""
+        named = [
+            (run, name) for run in [self.parent, *self.children.values()] for name in run.data.metrics if not name.startswith("system/")
+        ]
+        return sum(len(self.client.get_metric_history(run.info.run_id, name)) for run, name in named)
 
     def artifacts(self, run, folder=None):
         return {file.path for file in self.client.list_artifacts(run.info.run_id, folder)}

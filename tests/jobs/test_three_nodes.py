@@ -78,7 +78,8 @@ def test_every_run_is_in_postgres_once(cluster, postgres):
     assert counted == [(len(points), len(points))]
 
 
-def test_trials_ran_on_both_nodes_and_each_node_has_one_monitor(cluster, postgres):
+def test_trials_run_on_both_nodes_and_each_node_has_curves_of_its_own(cluster, postgres):
+    assert f"search: {TRIALS} trials, 4 at once" in cluster.said[1]  # each node has two processors
     names = {name for (name,) in postgres.query("mlflow", "SELECT DISTINCT key FROM latest_metrics WHERE key LIKE 'system/%'")}
     nodes = {name.split("/")[1] for name in names}
     assert nodes == {"node_0", "node_1", "node_2"}  # the node that joined has the number of the one that was lost

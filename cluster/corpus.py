@@ -45,6 +45,8 @@ FACTS = (
 DROPPED = ("empty", "duplicates", "conflicting_dropped", "unlabelled_dropped", "too_long", "nothing_scored")
 BLOCK_BYTES = 8 << 20
 """Of what passes between tasks: small, so that a task needs little memory."""
+MOST_PARTS = 16_384
+"""That are written as large as they are asked for."""
 LEAST_RANGES = 4
 """Of ids: some work for every CPU also where the corpus is small."""
 
@@ -80,7 +82,7 @@ def prepare(
     fingerprint: str,
     made_from: Mapping[str, Any],
     progress: Callable[[str], None] = print,
-    labels: Mapping[str, str] | None = None,
+    nodes: Mapping[str, str] | None = None,
     reader_dir: Path | None = None,
 ) -> Manifest:
     """Write the corpus to corpora/<fingerprint> unless it is there already, on the nodes with these labels. Ray must be initialised.
@@ -102,15 +104,16 @@ def prepare(
     shares = (_share(corpus.validation), _share(corpus.test))
     tokenizers, token_types = _load_tokenizers(task, tokenizer_dir, reader_dir)
     schema = encoding.fields(task, token_types, reader_dir is not None)
-    with _settings(labels):
+    with _settings(nodes):
         rows = _encoded_rows(sources.units(corpus, task), task, shares, corpus.labelled, tokenizers, schema)
         tallies, sums = _count(rows, task)
         facts = _facts(tallies, sums)
         labels = _labels(tallies, facts, task)
         progress(f"corpus: {facts['rows_read']} rows read, {sum(sums['length'].values())} tokens, {len(labels)} labels")
-        parts = {split: _write_split(rows, split, labels, corpus.part_rows, storage, folder, task, schema) for split in SPLITS}
+        each = rows_of_a_part(corpus.part_rows, sum(facts[name][split] for name in ("labelled", "unlabelled") for split in SPLITS), task)
+        parts = {split: _write_split(rows, split, labels, each, storage, folder, task, schema) for split in SPLITS}
     for split, records in parts.items():
-        assert all(record.rows == corpus.part_rows for record in records[:-1]), "parts of a fixed number of rows"
+        assert all(record.rows == each for record in records[:-1]), "parts of a fixed number of rows"
         assert len({record.name for record in records}) == len(records), "each part has a name of its own"
         assert sum(record.rows for record in records) == facts["labelled"][split] + facts["unlabelled"][split], "every row is written once"
     facts["labels"] = list(labels)
@@ -123,6 +126,17 @@ def prepare(
     manifest = Manifest(kind="corpus", fingerprint=fingerprint, made_from=dict(made_from), splits=splits, facts=facts)
     progress("corpus: " + ", ".join(f"{split} {manifest.rows(split)} rows in {len(splits[split])} parts" for split in SPLITS))
     return commit(storage, folder, manifest)
+
+
+def rows_of_a_part(asked: int, rows: int, task: TaskConfig) -> int:
+    """`asked`, doubled until there are no more than 16,384 parts times the factor: their number grows as the root of the rows.
+
+    Everything that the driver does once a part would else grow with the rows. Of images a part stays small enough for one Arrow column.
+    """
+    factor = 1
+    while rows > asked * MOST_PARTS * factor**2 and not isinstance(task, ImageClassification):
+        factor *= 2
+    return asked * factor
 
 
 # ------------------------------------------------------------------------------------------------------------------- ray

@@ -24,10 +24,10 @@ from cluster.columns import from_csv, row_of
 from cluster.kinds import checked_kind, inputs_of, kind_of, kind_of_value, label_of, require, required, wanted
 from cluster.lines import csv_dicts, csv_rows, json_rows, not_utf8
 from cluster.reading import CHUNK_ROWS, Row, Unit, tables
+from distillation.cache import remembered_checksum
 from distillation.config import ImageClassification, TaskConfig
 from distillation.errors import InputError
 from distillation.places import filesystem
-from distillation.store import checksum
 
 Kind = Literal["parquet", "csv", "jsonl", "arrow", "text"]
 ENDINGS: dict[str, Kind] = {
@@ -112,7 +112,7 @@ def _checked(path: str, uri: str, info: pafs.FileInfo, endings: Mapping[str, Kin
 
 def identity(file: File) -> list[Any]:
     """What stands for a file's content in a fingerprint: a checksum where it is local, else the time of its last change."""
-    return [Path(file.path).name, file.size, checksum(Path(file.path)) if file.local else file.modified]
+    return [Path(file.path).name, file.size, remembered_checksum(Path(file.path)) if file.local else file.modified]
 
 
 def check(splits: Mapping[str, Sequence[File]], task: TaskConfig) -> None:

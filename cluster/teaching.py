@@ -46,11 +46,11 @@ def teach(
     assert manifest is not None
     splits: dict[str, tuple[FileRecord, ...]] = {}
     for split in SPLITS:
-        found = [store.committed_part(storage, output, part.name.removesuffix(".arrow")) for part in manifest.splits[split]]
-        missing = [part.name for part, there in zip(manifest.splits[split], found, strict=True) if there is None]
-        if missing:
+        names = [part.name.removesuffix(".arrow") for part in manifest.splits[split]]
+        found = store.committed_parts(storage, output, names)
+        if missing := [name for name in names if name not in found]:
             raise InputError("DST-3111", "parts of the target store are missing", where=storage.path(output), found=", ".join(missing[:3]))
-        splits[split] = tuple(there for there in found if there is not None)
+        splits[split] = tuple(found[name] for name in names)
     facts = {
         "corpus": manifest.fingerprint, "targets": targets.model_dump(mode="json"), "labels": manifest.facts["labels"],
         "rows_answered": sum(map(manifest.rows, SPLITS)),
@@ -65,13 +65,15 @@ def _teach_worker(payload: dict[str, Any]) -> int:
     session = TrainSession(payload["box"], payload["key"])
     storage, targets = Storage(payload["storage"]), TargetsConfig.model_validate(payload["targets"])
     folder = model_folder(storage, payload["teacher"])
-    manifest, paths = store.open_artifact(storage, payload["corpus"], "corpus")
+    manifest = store.find(storage, payload["corpus"])
+    assert manifest is not None, "the corpus is prepared first"
     parts = [part for split in SPLITS for part in manifest.splits[split]]
-    # Rank 0 looks and tells the others: another driver may fill the same store, and every part must belong to somebody.
-    flags = torch.zeros(len(parts), device=session.device)
-    if session.rank == 0:
-        there = [store.committed_part(storage, payload["output"], p.name.removesuffix(".arrow")) for p in parts]
-        flags = torch.tensor([float(record is None) for record in there], device=session.device)
+    # Each rank looks at its share and tells the others: another driver may fill the same store, and every part must belong to somebody.
+    flags, there = torch.zeros(len(parts)), storage.sizes(payload["output"])
+    for i in range(session.rank, len(parts), session.world_size):
+        name = parts[i].name.removesuffix(".arrow")
+        flags[i] = float(f"{name}.json" not in there or store.committed_part(storage, payload["output"], name) is None)
+    flags = flags.to(session.device)
     open_parts = [part for part, flag in zip(parts, session.all_reduce(flags).tolist(), strict=True) if flag]
     if not open_parts:
         return 0
@@ -84,7 +86,7 @@ def _teach_worker(payload: dict[str, Any]) -> int:
     for part in open_parts[session.rank :: session.world_size]:
         if session.asked():
             raise Left
-        rows = Rows(Columns([paths[part.name]]), {}, reads)
+        rows = Rows(Columns(store.intact(storage, payload["corpus"], [part])), {}, reads)
         table, told = answer_part(teacher, rows, targets, payload["batch_tokens"], bf16, session.device)
         store.write_part(storage, payload["output"], part.name.removesuffix(".arrow"), table, part.tokens)
         answered += part.rows

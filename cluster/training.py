@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from cluster import preflight
 from cluster.config import ClusterConfig, Group, Role
 from cluster.elastic import wait_for_room, watching
 from cluster.metrics import at_work, metered
@@ -131,9 +132,10 @@ def run_workers(
 def _run_group(config: dict[str, Any], cluster: ClusterConfig, group: Group, count: int, resources: dict[str, float]) -> Any:
     """Start a group, and wait for its end."""
     storage, name = Storage(cluster.storage), f"workers-{uuid.uuid4().hex[:12]}"
+    preflight.light(storage, f".ray/{name}")
     trainer = TorchTrainer(
         _guarded,
-        train_loop_config=config,
+        train_loop_config={**config, "sign": (cluster.storage, f".ray/{name}")},
         scaling_config=ScalingConfig(
             num_workers=count, use_gpu=group.gpus > 0, resources_per_worker=resources, label_selector=group.labels or None
         ),
@@ -170,6 +172,7 @@ def _guarded(payload: dict[str, Any]) -> Any:
     """What a worker runs. An error of ours is told to the driver."""
     torch.set_num_threads(payload["threads"])
     try:
+        preflight.require_light(*payload["sign"])
         with at_work(payload.get("key", ""), payload["role"]):
             return payload["worker"](payload)
     except DistilleryError as error:

@@ -19,7 +19,7 @@ class EpochPlan:
     """Global batches of one epoch."""
 
     rows: np.ndarray
-    """Row numbers, batch after batch; within a batch by rising length. [rows] int64"""
+    """Row numbers, batch after batch; within a batch by rising length. [rows] int32, or int64 where that is too small"""
     bounds: np.ndarray
     """Batch i is rows[bounds[i]:bounds[i + 1]]. [steps + 1] int64"""
 
@@ -38,7 +38,8 @@ def plan_epoch(lengths: np.ndarray, rows: np.ndarray, batch_tokens: int, seed: i
     counts n * m <= batch_tokens; a single longer row is a batch of its own.
     """
     generator = np.random.default_rng([seed, epoch])
-    shuffled = generator.permutation(rows)
+    # Row numbers of four bytes where they are enough: of a large corpus they are most of what a worker holds. The order is the same.
+    shuffled = generator.permutation(rows.astype(np.int32) if len(lengths) < 2**31 else rows)
     mean = float(lengths[rows].mean()) if len(rows) else 1.0
     window = max(1, int(WINDOW_BATCHES * batch_tokens / mean))
     batches: list[np.ndarray] = []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,25 @@ from torch import Tensor
 from distillation.checkpoints import Ranks
 from distillation.config import LossConfig
 from distillation.losses import describe
+from distillation.storage import Storage
+from distillation.store import Manifest, intact
+
+FILE = "history.json"
+"""Of a model: its learning curves, in a file of their own, as there can be more of them than of everything else in the manifest."""
+
+
+def write(folder: Path, points: list[tuple[int, dict[str, float]]]) -> None:
+    (folder / FILE).write_text(json.dumps(points), encoding="utf-8")
+
+
+def read(storage: Storage, folder: str, manifest: Manifest) -> list[tuple[int, dict[str, float]]]:
+    """Points (step, metrics) of a committed model's curves. Raises InputError where their file is missing or altered."""
+    records = [record for record in manifest.files if record.name == FILE]
+    if not records:  # of a release that kept them in the manifest
+        points: list[tuple[int, dict[str, float]]] = manifest.facts.get("history", [])
+        return points
+    (path,) = intact(storage, folder, records)
+    return [(step, metrics) for step, metrics in json.loads(path.read_text(encoding="utf-8"))]
 
 
 class Curve:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distillation import models
+from distillation import curves, models
 from distillation.cards import ABOUT, Facts, card
 from distillation.config import Embedding, ImageClassification, TaskConfig, TextClassification
 from distillation.errors import InputError
@@ -39,7 +39,7 @@ def export(model_dir: Path, destination: Path, evaluations: Sequence[Evaluation]
         tokenizer_fingerprint(model_dir)  # transformers makes up an empty tokenizer where a folder has none
     student = next(e for e in evaluations if e.name == name)
     with Storage(str(destination.resolve().parent)).writing_folder(destination.name, last="README.md") as beside:
-        shutil.copytree(model_dir, beside, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST, "README.md"))
+        shutil.copytree(model_dir, beside, dirs_exist_ok=True, ignore=shutil.ignore_patterns(MANIFEST, curves.FILE, "README.md"))
         if isinstance(facts.task, ImageClassification) and not (beside / PREPROCESSOR).is_file():
             (beside / PREPROCESSOR).write_text(json.dumps(preprocessor(facts.task), indent=1), encoding="utf-8")
         (beside / "README.md").write_text(card(student, evaluations, facts, verdict), encoding="utf-8")

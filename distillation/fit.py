@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from distillation import models, store
+from distillation import curves, models, store
 from distillation.answers import make_teacher
 from distillation.batches import cut
 from distillation.checkpoints import Checkpoints
@@ -164,7 +164,7 @@ def _finished(storage: Storage, config: FitConfig, session: Session) -> dict[str
     if not session.all_reduce(finished).item():  # rank 0 decides for all: another job may be finishing this very run
         return None
     manifest, _ = store.open_artifact(storage, config.output, "model")
-    for step, metrics in manifest.facts["history"]:
+    for step, metrics in curves.read(storage, config.output, manifest):
         session.report(metrics, step)
     return dict(manifest.facts["result"])
 
@@ -317,6 +317,7 @@ def commit_model(
         if kept is not None and table is not None:
             (Path(name) / models.VOCABULARY).write_text(json.dumps({"tokens": len(table), "kept": kept.tolist()}))
         told = {**facts, "labels": list(labels), "parameters": sum(p.numel() for p in model.parameters())}
+        curves.write(Path(name), told.pop("history", []))
         store.commit_folder(storage, stage, Path(name), "model", fingerprint, made_from, told)
 
 

@@ -111,8 +111,8 @@ class Schedule:
         seen, steps = [np.zeros((1, 2), np.int64)], 0
         for epoch in itertools.count() if training.steps else range(training.epochs or 0):
             plan = self._of(epoch)
-            tokens = np.concatenate([[0], np.cumsum(lengths[plan.rows], dtype=np.int64)])
-            seen.append(seen[-1][-1] + np.stack([plan.bounds, tokens[plan.bounds]], axis=1)[1:])
+            tokens = np.cumsum(np.add.reduceat(lengths[plan.rows], plan.bounds[:-1], dtype=np.int64))
+            seen.append(seen[-1][-1] + np.stack([plan.bounds[1:], tokens], axis=1))
             steps += plan.steps
             if training.steps and steps >= training.steps:
                 break
@@ -147,7 +147,7 @@ def schedule(lengths: np.ndarray, labelled: np.ndarray, losses: Mapping[str, Los
 
     lengths: tokens of every row, [all rows]. labelled: numbers of the rows that have a label.
     """
-    return Schedule(lengths, labelled if only_labels(losses) else np.arange(len(lengths)), training)
+    return Schedule(lengths, labelled if only_labels(losses) else np.arange(len(lengths), dtype=np.int32), training)
 
 
 def steps_for(

@@ -60,10 +60,14 @@ class Storage:
 
     def list(self, relative: str) -> list[str]:
         """Sorted names directly under a folder, without files that are still being written; empty where there is no folder."""
+        return sorted(self.sizes(relative))
+
+    def sizes(self, relative: str) -> dict[str, int]:
+        """Bytes of everything directly under a folder by its name, of folders 0; what `list` leaves out is left out."""
         selector = pafs.FileSelector(self.path(relative), allow_not_found=True)
         with _storage_errors(self.path(relative), "read"):
             infos = self._filesystem.get_file_info(selector)
-        return sorted(info.base_name for info in infos if not info.base_name.startswith(TEMPORARY))
+        return {info.base_name: info.size or 0 for info in infos if not info.base_name.startswith(TEMPORARY)}
 
     def read(self, relative: str) -> bytes:
         """Content of a file. Raises FileNotFoundError."""

@@ -3,6 +3,7 @@
     {folder}/part-3f0a....arrow     rows, an Arrow stream of one record batch: `datasets.Dataset.from_file` opens it memory-mapped
     {folder}/part-3f0a....json      the part's record, committed after it: rows, tokens, bytes, checksum
     {folder}/manifest.json          what the artifact is, what it was made from, and the record of every file
+    {folder}/records-9c01....arrow  of more than `MANY` parts: the records, named with its checksum by the manifest instead of them
 
 Records and manifests carry a checksum of their own under "seal". A reader trusts the manifest only. Names come from the fingerprint of
 everything that could change the bytes, so whoever wants the same thing finds it, and two that write it at once write the same bytes.
@@ -13,20 +14,23 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import xxhash
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PlainValidator
 
 from distillation import cache
 from distillation.cache import checksum as checksum
 from distillation.errors import ConflictError, InputError
+from distillation.parts import MANY, Parts, read_table, total, write_table
+from distillation.parts import FileRecord as FileRecord
 from distillation.storage import Storage
 
 VERSION = 1
@@ -37,20 +41,16 @@ MANIFEST = "manifest.json"
 FETCHERS = 8
 """Files of one artifact that are fetched at a time: an object store answers after tens of milliseconds, however small the file."""
 
+READERS = 32
+"""Records of parts that are read at a time from an object store."""
+
 Kind = Literal["corpus", "targets", "model", "checkpoint"]
 
 
-class FileRecord(BaseModel):
-    """What a file must look like. For parts also what is inside."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    bytes: int
-    checksum: str
-    """xxh3_128 of the content, hexadecimal."""
-    rows: int = 0
-    tokens: int = 0
+def _splits(splits: Mapping[str, Any]) -> dict[str, Sequence[FileRecord]]:
+    return {
+        name: parts if isinstance(parts, Parts) else tuple(map(FileRecord.model_validate, parts)) for name, parts in splits.items()
+    }  # fmt: skip
 
 
 class Manifest(BaseModel):
@@ -61,8 +61,10 @@ class Manifest(BaseModel):
     fingerprint: str
     made_from: dict[str, Any]
     """Everything that went into the fingerprint, for people and for `open` errors."""
-    splits: dict[str, tuple[FileRecord, ...]] = {}
+    splits: Annotated[dict[str, Sequence[FileRecord]], PlainValidator(_splits)] = {}
     """Parts of each split, in the order of their rows' ids."""
+    table: FileRecord | None = None
+    """The file with `splits`, of which there are too many for the manifest."""
     files: tuple[FileRecord, ...] = ()
     """Other files, of models and checkpoints."""
     facts: dict[str, Any] = {}
@@ -71,13 +73,13 @@ class Manifest(BaseModel):
     """Seconds since the epoch."""
 
     def rows(self, split: str) -> int:
-        return sum(part.rows for part in self.splits.get(split, ()))
+        return total(self.splits.get(split, ()), "rows")
 
     def tokens(self, split: str) -> int:
-        return sum(part.tokens for part in self.splits.get(split, ()))
+        return total(self.splits.get(split, ()), "tokens")
 
     def total_bytes(self) -> int:
-        return sum(r.bytes for r in self.files) + sum(r.bytes for parts in self.splits.values() for r in parts)
+        return sum(r.bytes for r in self.files) + sum(total(parts, "bytes") for parts in self.splits.values())
 
 
 def fingerprint(made_from: Mapping[str, Any]) -> str:
@@ -111,6 +113,25 @@ def committed_part(storage: Storage, folder: str, name: str) -> FileRecord | Non
     return record if record.name == f"{name}.arrow" else None
 
 
+def committed_parts(storage: Storage, folder: str, names: Sequence[str]) -> dict[str, FileRecord]:
+    """Records of those parts that lie there in the size that their record tells, by name. Content is checked by whoever opens them.
+
+    One listing, then the records alone, several at a time: it costs a small request for each part, and none of their rows.
+    """
+    there = storage.sizes(folder)
+    asked = [name for name in names if f"{name}.json" in there and f"{name}.arrow" in there]
+
+    def record_of(name: str) -> FileRecord | None:
+        try:
+            record = FileRecord.model_validate(_unsealed(storage.read(f"{folder}/{name}.json")))
+        except (FileNotFoundError, ValueError):
+            return None
+        return record if (record.name, record.bytes) == (f"{name}.arrow", there[record.name]) else None
+
+    with ThreadPoolExecutor(1 if storage.is_local else READERS, thread_name_prefix="records") as threads:
+        return {name: record for name, record in zip(asked, threads.map(record_of, asked), strict=True) if record is not None}
+
+
 def commit(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
     """Write the manifest of a folder whose parts are committed. From here on the artifact exists."""
     if (existing := find(storage, folder)) and existing.fingerprint != manifest.fingerprint:
@@ -119,8 +140,22 @@ def commit(storage: Storage, folder: str, manifest: Manifest) -> Manifest:
             expected=manifest.fingerprint, found=existing.fingerprint, do="Remove the folder or use another storage",
         )  # fmt: skip
     manifest = manifest.model_copy(update={"created": time.time()})
+    if sum(map(len, manifest.splits.values())) > MANY:
+        manifest = manifest.model_copy(update={"table": _write_table(storage, folder, manifest.splits)})
     storage.write(f"{folder}/{MANIFEST}", _sealed(manifest))
     return manifest
+
+
+def _write_table(storage: Storage, folder: str, splits: Mapping[str, Sequence[FileRecord]]) -> FileRecord:
+    # Under a name of its own: a manifest that is already there goes on to name what it was made with.
+    with tempfile.TemporaryDirectory(prefix="distillery-") as place:
+        path = Path(place) / "records"
+        write_table(path, splits)
+        record = FileRecord(name="", bytes=path.stat().st_size, checksum=checksum(path))
+        record = record.model_copy(update={"name": f"records-{record.checksum[:12]}.arrow"})
+        with storage.writing(f"{folder}/{record.name}") as beside:
+            shutil.copyfile(path, beside)
+    return record
 
 
 def commit_folder(
@@ -142,7 +177,8 @@ def commit_folder(
 
 def _sealed(record: FileRecord | Manifest) -> bytes:
     """JSON for people, with a checksum over what it means: one altered digit is an error, another indentation is not."""
-    fields = json.loads(record.model_dump_json())
+    many = isinstance(record, Manifest) and record.table is not None
+    fields = json.loads(record.model_dump_json(exclude={"splits"} if many else None))
     return json.dumps({**fields, "seal": _seal(fields)}, indent=1).encode()
 
 
@@ -176,7 +212,10 @@ def find(storage: Storage, folder: str) -> Manifest | None:
                 "DST-3102", "artifact has another version", where=where, expected=str(VERSION), found=str(version),
                 do="Remove the folder and run again, or use the release that wrote it",
             )  # fmt: skip
-        return Manifest.model_validate(_unsealed(text))
+        manifest = Manifest.model_validate(_unsealed(text))
+        if manifest.table is None:
+            return manifest
+        return manifest.model_copy(update={"splits": read_table(_intact(storage, folder, manifest.table))})
     except ValueError as error:
         raise InputError(
             "DST-3103", "manifest was altered", where=where, expected="a manifest", found=str(error).splitlines()[0],

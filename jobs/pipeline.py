@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cluster.delivery import Tracker, deliver
 from cluster.journal import Journal
+from cluster.preflight import require_shared
 from cluster.session import connect
 from cluster.system import watched
 from cluster.tracking import Target
@@ -73,6 +74,8 @@ def recorded(
             try:
                 stages.begin(context)
                 with connect(plan.job.cluster), watched(journal, parent):
+                    if plan.job.cluster.address:
+                        require_shared(plan.storage.uri)
                     yield context, tracker
             except DistilleryError as error:
                 journal.tags(context.parent, {"distill.error": str(error)})

@@ -16,8 +16,8 @@ from cluster.corpus import prepare as prepare_corpus
 from cluster.journal import Journal
 from cluster.links import environment_tags
 from cluster.session import cpus_per_worker, unwrap
+from distillation import curves, fit, models, store
 from distillation import export as exporting
-from distillation import fit, models, store
 from distillation.config import ONLY, TaskConfig
 from distillation.errors import ClusterError
 from distillation.evaluate import Candidate, Evaluation, Role
@@ -74,7 +74,7 @@ def prepare(context: Context) -> store.Manifest:
         with progress.stage("corpus"):
             manifest = prepare_corpus(
                 plan.job.corpus, plan.job.task, plan.model, plan.storage, fingerprint=plan.corpus.fingerprint,
-                made_from=plan.corpus.made_from, progress=progress.note, labels=plan.job.cluster.data.labels,
+                made_from=plan.corpus.made_from, progress=progress.note, nodes=plan.job.cluster.data.labels,
             )  # fmt: skip
         progress.note(_corpus_line(manifest))
     for reading in plan.readings:
@@ -92,7 +92,7 @@ def _read(context: Context, reading: Reading) -> None:
         with progress.stage(title):
             manifest = prepare_corpus(
                 plan.job.corpus, plan.job.task, plan.model, plan.storage, fingerprint=reading.stage.fingerprint,
-                made_from=reading.stage.made_from, progress=lambda _: None, labels=plan.job.cluster.data.labels, reader_dir=reading.tokenizer,
+                made_from=reading.stage.made_from, progress=lambda _: None, nodes=plan.job.cluster.data.labels, reader_dir=reading.tokenizer,
             )  # fmt: skip
     cut = (
         f"; {manifest.facts['truncated']:,} rows are longer than task.max_length in them and are cut" if manifest.facts["truncated"] else ""
@@ -278,7 +278,7 @@ def _describe_model(context: Context, key: str, stage: Stage) -> None:
     """Curves and numbers of a finished model, also where another job trained it: the journal leaves out what it has."""
     manifest = context.plan.found(stage)
     assert manifest is not None
-    for step, metrics in manifest.facts["history"]:
+    for step, metrics in curves.read(context.plan.storage, stage.folder, manifest):
         context.journal.metrics(key, metrics, step)
     derived = {name: manifest.facts[name] for name in ("parameters", "trained_parameters") if name in manifest.facts}
     if steps := manifest.facts["result"].get("steps"):
@@ -336,8 +336,8 @@ def evaluate_task(
 
 
 def _curves(plan: Plan) -> dict[str, Any]:
-    found = {name: plan.found(stage) for name, stage in _models(plan).items()}
-    return {name: manifest.facts["history"] for name, manifest in found.items() if manifest}
+    found = {name: (stage.folder, plan.found(stage)) for name, stage in _models(plan).items()}
+    return {name: curves.read(plan.storage, folder, manifest) for name, (folder, manifest) in found.items() if manifest}
 
 
 def example_texts(plan: Plan, count: int = 4) -> list[str]:

@@ -205,6 +205,25 @@ def test_too_little_room_is_found_before_anything_is_fetched(s3, server, tmp_pat
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+def test_the_checksum_of_a_large_source_is_remembered_until_anything_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILLERY_CACHE", str(tmp_path / "cache"))
+    file, read, plain = tmp_path / "rows.csv", [], cache.checksum
+    monkeypatch.setattr(cache, "checksum", lambda path: read.append(path) or plain(path))
+    file.write_bytes(b"one")
+    assert cache.remembered_checksum(file) == cache.remembered_checksum(file) == plain(file)
+    assert len(read) == 2, "just written: it could change again without showing it"
+    time.sleep(2.1)
+    assert [cache.remembered_checksum(file) for _ in range(3)] == [plain(file)] * 3
+    assert len(read) == 3
+    before = file.stat()
+    file.write_bytes(b"two")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert cache.remembered_checksum(file) == plain(file), "same size, and its time set back"
+    (tmp_path / "other").write_bytes(b"six")
+    os.replace(tmp_path / "other", file)
+    assert cache.remembered_checksum(file) == plain(file)
+
+
 # --------------------------------------------------------------------------------------------------------------- the server
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distillation import fit, store
+from distillation import curves, fit, store
 from distillation.batches import plan_epoch
 from distillation.config import Features, JensenShannon, PatientKD, TargetsConfig, TrainingConfig
 from distillation.errors import InputError
@@ -203,3 +203,16 @@ def test_a_training_of_so_many_steps_sees_so_many_rows(storage, losses):
         assert max(found) == steps
         assert found[steps - 1] < share * whole <= found[steps] == seen
     assert steps_for(rows.lengths, rows.labelled, losses, plan(), 1.0)[0] == steps
+
+
+def test_the_curve_of_a_finished_model_is_a_file_of_its_own(storage):
+    points = history(storage, "kept-apart")
+    manifest = store.find(storage, "students/kept-apart")
+    assert "history" not in manifest.facts
+    assert curves.read(storage, "students/kept-apart", manifest) == points
+    assert history(storage, "kept-apart") == points, "a run that is finished reports its curve again"
+    old = manifest.model_copy(update={"files": (), "facts": {"history": [[1, {"train/loss": 2.0}]]}})
+    assert curves.read(storage, "students/kept-apart", old) == [[1, {"train/loss": 2.0}]]
+    storage.write("students/kept-apart/history.json", b"[]")
+    with pytest.raises(InputError, match=r"DST-3106.*history.json"):
+        curves.read(storage, "students/kept-apart", manifest)

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import pyarrow as pa
 import xxhash
-from pydantic import BaseModel, ConfigDict, PlainValidator
+from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator
 
 from distillation import cache
 from distillation.cache import checksum as checksum
@@ -53,6 +53,10 @@ def _splits(splits: Mapping[str, Any]) -> dict[str, Sequence[FileRecord]]:
     }  # fmt: skip
 
 
+def _dumped(splits: Mapping[str, Sequence[FileRecord]]) -> dict[str, list[dict[str, Any]]]:
+    return {name: [part.model_dump() for part in parts] for name, parts in splits.items()}
+
+
 class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -61,7 +65,7 @@ class Manifest(BaseModel):
     fingerprint: str
     made_from: dict[str, Any]
     """Everything that went into the fingerprint, for people and for `open` errors."""
-    splits: Annotated[dict[str, Sequence[FileRecord]], PlainValidator(_splits)] = {}
+    splits: Annotated[dict[str, Sequence[FileRecord]], PlainValidator(_splits), PlainSerializer(_dumped)] = {}
     """Parts of each split, in the order of their rows' ids."""
     table: FileRecord | None = None
     """The file with `splits`, of which there are too many for the manifest."""

@@ -35,7 +35,7 @@ def cluster(tmp_path_factory):
     """Two nodes that share this machine's files. Module's tests add a third."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT}/tests/cluster")  # workers import this file
         for name, value in (("AWS_ACCESS_KEY_ID", "key"), ("AWS_SECRET_ACCESS_KEY", "secret")):
             patch.setenv(name, value)
         node = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 80 << 20}

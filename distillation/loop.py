@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,6 +32,7 @@ from distillation.errors import DivergedError, InputError
 from distillation.losses import at, gradient_squares, group_of, unit_of, weigh
 from distillation.models import use_bf16
 from distillation.rows import Rows
+from distillation.sharding import release
 from distillation.signals import Batch, Outputs, TeacherSignal
 
 
@@ -39,6 +42,8 @@ class Session(Protocol):
     rank: int
     world_size: int
     device: torch.device
+    mesh: DeviceMesh | None
+    """Replicas x shards of workers that hold one model together, see `sharding`; None: each holds the whole."""
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module with gradients averaged over all ranks."""
@@ -62,6 +67,7 @@ class LocalSession:
 
     def __init__(self, device: str = "cpu") -> None:
         self.rank, self.world_size, self.device = 0, 1, torch.device(device)
+        self.mesh: DeviceMesh | None = None
         self.history: list[tuple[int, dict[str, float]]] = []
 
     def wrap(self, module: nn.Module) -> nn.Module:
@@ -198,7 +204,8 @@ class Fit:
         training, session = self.training, self.session
         plan = schedule(self.rows.lengths, self.rows.labelled, self.losses, training)
         rungs = {plan.step_of(rows) for rows in self.rungs}
-        self.module.to(session.device)
+        if session.mesh is None:  # a part is there already
+            self.module.to(session.device)
         optimizer = make_optimizer(self.module, training)
         position = Position(0, 0, 0)
         if self.checkpoints is not None:
@@ -260,7 +267,7 @@ class Fit:
         Returns this rank's raw sums and, if it is reported, squared gradients of the terms; the step's counts, and the gradient norm.
         """
         training, session = self.training, self.session
-        counts, pieces = self._counts(rows, losses), self._pieces(rows)
+        counts, (pieces, mine) = self._counts(rows, losses), self._pieces(rows)
         torch.manual_seed(hash((training.seed, step, session.rank)) % 2**31)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -268,8 +275,8 @@ class Fit:
         sums: dict[str, Tensor] = {name: torch.zeros((), device=session.device) for name in self.losses}
         squares = sums
         # A rank without rows still takes part in the exchange of gradients: it computes one row that counts nothing.
-        for number, piece in enumerate(pieces or [rows[:1]]):
-            batch = self._batch(piece, step)
+        for number, piece in enumerate(pieces):
+            counted, batch = number < mine, self._batch(piece, step)
             for each in self._norms:  # there is no mean and deviation of one
                 each.train(len(piece) > 1)
             with self._without_exchange(number < len(pieces) - 1):
@@ -277,14 +284,14 @@ class Fit:
                     outputs = self._forward(self._wrapped, batch)
                 loss, raw = weigh(losses, outputs, batch, counts)
                 # Gradients are averaged over ranks; the loss is a sum over them.
-                (loss * (session.world_size if pieces else 0)).backward()  # type: ignore[no-untyped-call]
-            if pieces:
+                (loss * (session.world_size if counted else 0)).backward()  # type: ignore[no-untyped-call]
+            if counted:
                 sums = {name: sums[name] + raw[name] for name in sums}
-            if pieces and reporting:
+            if counted and reporting:
                 squares = {name: squares[name] + value for name, value in gradient_squares(losses, outputs, batch, counts).items()}
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = float(total)
+        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
         if not math.isfinite(norm):
             self._diverged(rows, step, sums)
         if norm > training.clip:  # asked first: scaling by 1 would touch every gradient for nothing
@@ -296,12 +303,19 @@ class Fit:
         """What each term scores in a global batch."""
         return {name: self.rows.count(rows, unit_of(loss, self.features_at)) for name, loss in losses.items()}
 
-    def _pieces(self, rows: np.ndarray) -> list[np.ndarray]:
-        """This rank's share of a global batch, in microbatches."""
+    def _pieces(self, rows: np.ndarray) -> tuple[list[np.ndarray], int]:
+        """This rank's share of a global batch, in microbatches, and how many of these count; there is one at least.
+
+        A shard of a model computes as often as the other shards do.
+        """
         training, session, lengths, group = self.training, self.session, self.rows.lengths, group_of(self.losses)
         together = group * (2 if isinstance(training.augment, Mixup) and group % 2 else 1)
-        mine = share(rows, lengths[rows], session.rank, session.world_size, together)
-        return cut(mine, lengths[mine], training.microbatch_tokens, together)
+        found = {}
+        for rank in [session.rank] if session.mesh is None else range(session.world_size):
+            its = share(rows, lengths[rows], rank, session.world_size, together)
+            found[rank] = cut(its, lengths[its], training.microbatch_tokens, together)
+        mine, rounds = found[session.rank], max(1, *map(len, found.values()))
+        return mine + [rows[:1]] * (rounds - len(mine)), len(mine)
 
     def _batch(self, piece: np.ndarray, step: int) -> Batch:
         batch = self.rows.batch(piece).to(self.session.device)
@@ -317,12 +331,16 @@ class Fit:
             torch.manual_seed(hash((self.training.seed, step, self.session.rank)) % 2**31)
             for each in self._norms:  # looked at, not learned from
                 each.eval()
-            for piece in self._pieces(rows):
+            pieces, mine = self._pieces(rows)
+            for number, piece in enumerate(pieces):
                 batch = self._batch(piece, step)
                 with torch.no_grad(), torch.autocast(self.session.device.type, torch.bfloat16, enabled=self._bf16):
                     outputs = self._forward(self.module, batch)
+                if number >= mine:
+                    continue
                 squares = gradient_squares(terms, outputs, batch, counts)
                 found += torch.stack([squares[name].double() for name in terms])
+            release(self.module)
             total = dict(zip(terms, self.session.all_reduce(found).tolist(), strict=True))
             self._factors.update(measured(losses, names, total, counts, self._factors))
         return balanced(losses, self._factors)
@@ -364,13 +382,18 @@ class Fit:
         self.module.eval()
         sums = torch.zeros(len(rows.task.names), dtype=torch.float64)
         batches = sorted_batches(rows.lengths, self.training.microbatch_tokens)
-        for piece in batches[self.session.rank :: self.session.world_size]:
+        mine = batches[self.session.rank :: self.session.world_size]
+        rounds = len(mine) if self.session.mesh is None else -(-len(batches) // self.session.world_size)
+        for number, piece in enumerate(mine + batches[:1] * (rounds - len(mine))):
             batch = self._told(rows.batch(piece).to(self.session.device))
             with torch.autocast(self.session.device.type, torch.bfloat16, enabled=self._bf16):
                 outputs = self._forward(self.module, batch)
+            if number >= len(mine):  # computed with the other shards of the model; the rows are another rank's
+                continue
             if self.lead not in batch.signals:  # another teacher's answers say nothing about it
                 batch = replace(batch, signals={})
             sums += rows.task.statistics(outputs, batch).sum(0)
+        release(self.module)
         self.module.train()
         found = self.session.all_reduce(sums.to(self.session.device)).cpu().numpy()
         return {f"validation/{name}": value for name, value in rows.task.scores(found).items()}

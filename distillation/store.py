@@ -16,7 +16,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -105,6 +105,13 @@ def write_part(storage: Storage, folder: str, name: str, table: pa.Table, tokens
         record = FileRecord(name=f"{name}.arrow", bytes=path.stat().st_size, checksum=checksum(path), rows=table.num_rows, tokens=tokens)
     storage.write(f"{folder}/{name}.json", _sealed(record))
     return record
+
+
+def write_file(storage: Storage, folder: str, name: str, write: Callable[[Path], Any]) -> FileRecord:
+    """One file of an artifact that several processes write: it counts when a manifest lists its record. write: gets the path to write at."""
+    with storage.writing(f"{folder}/{name}") as path:
+        write(path)
+        return FileRecord(name=name, bytes=path.stat().st_size, checksum=checksum(path))
 
 
 def committed_part(storage: Storage, folder: str, name: str) -> FileRecord | None:

@@ -1,0 +1,250 @@
+"""A model larger than one device: every weight is cut by rows among the workers of a mesh, and gathered layer by layer while it computes.
+
+This is FSDP2 (`torch.distributed.fsdp.fully_shard`; ZeRO-3: Rajbhandari et al. 2020): each worker computes its own rows of the data, all of
+them the same number of forward passes. Weights are read from safetensors a part at a time, so no process ever holds them all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from distillation import models
+from distillation.config import TaskConfig
+from distillation.errors import InputError
+from distillation.network import Network
+
+FILE_BYTES = 1 << 29
+"""Of a file of a finished model: what the worker that writes it holds of the whole at most, if no tensor alone is larger."""
+STARTS = "starts"
+"""In the header of a part: the first row of every tensor that is not whole there, as JSON."""
+
+
+def mesh_of(world_size: int, shards: int | None, device: torch.device) -> DeviceMesh | None:
+    """Workers as replicas x shards; None where every worker holds the whole model. shards: None for all workers together.
+
+    Neighbours in rank hold one model. Every worker has to call it.
+    """
+    count = world_size if shards is None else shards
+    assert world_size % count == 0, "the settings were checked"
+    if count == 1:
+        return None
+    return init_device_mesh(device.type, (world_size // count, count), mesh_dim_names=("replicas", "shards"))
+
+
+def outline(settings: Any, task: TaskConfig) -> Any:
+    """A model with these settings whose parameters take no memory (meta device); its buffers are as they should be."""
+    from transformers.initialization import no_init_weights
+
+    def without_memory(_: nn.Module, __: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        return parameter if parameter is None or parameter.is_meta else nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    models.quiet()
+    hook = register_module_parameter_registration_hook(without_memory)  # type: ignore[arg-type]
+    try:
+        with no_init_weights():
+            model = models.new(settings, task)
+        model.tie_weights()
+    finally:
+        hook.remove()
+    return model
+
+
+def split(network: Network, mesh: DeviceMesh, device: torch.device, *, training: bool) -> Network:
+    """Cut a network without memory among a mesh and give this worker's part memory, not yet filled. In place.
+
+    training: gradients are averaged over all workers of the mesh; else each replica stands alone. Raises InputError for a model that cannot
+    be cut: one with batch norms, which would need the statistics of all workers, or without one list of layers.
+    """
+    model = network.model
+    if any(isinstance(module, _BatchNorm) for module in network.modules()) or any(p.dim() == 0 for p in network.parameters()):
+        raise InputError(
+            "DST-3241", "architecture cannot be sharded", where=type(model).__name__, expected="weights of one dimension or more, no batch norms",
+            found="batch norms or scalars", do="Set shards to 1",
+        )  # fmt: skip
+    on = mesh if training and mesh.size(0) > 1 else mesh["shards"]
+    for unit in _units(network):
+        fully_shard(unit, mesh=on)
+    # What is left, with a head that losses use after the forward pass, stays gathered from the forward to the end of the backward pass.
+    fully_shard(network, mesh=on, reshard_after_forward=False)
+    shared: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            shared.setdefault(id(parameter), []).append((module, name))
+    buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    network.to_empty(device=device)
+    for name, buffer in network.named_buffers():
+        buffer.copy_(buffers[name])
+    for (first, name), *others in shared.values():  # tied ones have become two
+        for module, other in others:
+            setattr(module, other, getattr(first, name))
+    return network
+
+
+def _units(network: Network) -> list[nn.Module]:
+    """What is gathered at once: each layer, and a large embedding unless it is the head, too."""
+    model = network.model
+    _, layers = models.layers_of(model)
+    table = model.get_input_embeddings()
+    counts = [id(parameter) for module in model.modules() for parameter in module._parameters.values() if parameter is not None]
+    alone = isinstance(table, nn.Embedding) and counts.count(id(table.weight)) == 1
+    return [*([table] if alone else []), *layers]
+
+
+def load(
+    folder: Path, network: Callable[[Any], Network], task: TaskConfig, mesh: DeviceMesh, device: torch.device, attention: str | None = None
+) -> Network:  # fmt: skip
+    """This worker's part of a trained model, for inference. network: what is made of the model. attention: implementation.
+
+    Raises InputError as `models.load` does.
+    """
+    from transformers import AutoConfig
+
+    settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if attention:
+        settings._attn_implementation = attention
+    made = network(outline(settings, task))
+    tied = {f"model.{name}" for name in getattr(made.model, "all_tied_weights_keys", None) or ()}
+    shapes = {name: tuple(value.shape) for name, value in made.state_dict().items() if name not in tied}
+    pieces = Pieces(sorted(folder.glob("*.safetensors")))
+    lost = [name.removeprefix("model.") for name, shape in shapes.items() if pieces.shape(name.removeprefix("model.")) != shape]
+    if lost:
+        raise InputError(
+            "DST-3207", "model lacks tensors", where=str(folder), expected="every tensor of the architecture, by its name",
+            found=f"{len(lost)} missing or of another shape: {', '.join(sorted(lost)[:4])}", do="Save the model again with save_pretrained",
+        )  # fmt: skip
+    split(made, mesh, device, training=False)
+    with torch.no_grad():
+        for name, value in made.state_dict().items():
+            if name in shapes:
+                fill(value, pieces, name.removeprefix("model."))
+    return made.eval()
+
+
+# --------------------------------------------------------------------------------------------------------------- tensors
+
+
+def place(value: Tensor) -> tuple[int, int]:
+    """First row of this worker's part of a tensor and the row after its last; of a whole tensor all of its rows."""
+    if not isinstance(value, DTensor):
+        return 0, value.shape[0] if value.dim() else 1
+    mesh, rows = value.device_mesh, value.shape[0]
+    rank, count = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+    each = -(-rows // count)
+    found = min(rank * each, rows), min((rank + 1) * each, rows)
+    assert found[1] - found[0] == local(value).shape[0]
+    return found
+
+
+def local(value: Tensor) -> Tensor:
+    """What this worker holds of a tensor."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def fill(value: Tensor, pieces: Pieces, name: str) -> None:
+    """Read this worker's part of a tensor into place."""
+    start, stop = place(value)
+    if stop > start:
+        local(value).copy_(pieces.read(name, start, stop))
+
+
+class Pieces:
+    """Tensors by name, whole or in parts along their first dimension, out of safetensors files that are open only while one is read.
+
+    (A file that stays open stays mapped, and what was read of it counts as this process's memory.) Raises InputError for a damaged file.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self._where: dict[str, list[tuple[int, int, Path]]] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for path in paths:
+            try:
+                with safe_open(path, framework="pt") as file:
+                    starts = json.loads((file.metadata() or {}).get(STARTS, "{}"))
+                    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            except (OSError, ValueError, SafetensorError) as error:
+                raise InputError("DST-3206", "model cannot be loaded", where=str(path), found=str(error)) from error
+            for name, shape in shapes.items():
+                rows, before = shape[0] if shape else 1, self._shapes.get(name)
+                self._where.setdefault(name, []).append((starts.get(name, 0), rows, path))
+                self._shapes[name] = shape if before is None else (before[0] + rows, *shape[1:])
+
+    def names(self) -> set[str]:
+        return set(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of the whole tensor; None where there is none of this name."""
+        return self._shapes.get(name)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of a tensor; a tensor without dimensions counts as one row. A copy."""
+        found = []
+        for first, rows, path in sorted(self._where[name]):
+            low, high = max(start, first), min(stop, first + rows)
+            if low < high:
+                with safe_open(path, framework="pt") as file:
+                    whole = file.get_tensor(name) if not self._shapes[name] else file.get_slice(name)[low - first : high - first]
+                    found.append(whole.clone())
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def save_part(tensors: Mapping[str, Tensor], starts: Mapping[str, int], path: Path) -> None:
+    """Write parts of tensors. starts: the first row of each that is not whole."""
+    save_file(dict(tensors), path, {STARTS: json.dumps(dict(starts))})
+
+
+def save_model(model: Any, folder: Path | None) -> None:
+    """Write a sharded model as save_pretrained does; every worker has to call it, one with a folder. Holds `FILE_BYTES` at a time."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    tensors = {name: value for name, value in model.state_dict().items() if name not in tied}
+    files: list[list[str]] = [[]]
+    size = 0
+    for name, value in tensors.items():
+        if files[-1] and size + value.numel() * value.element_size() > FILE_BYTES:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += value.numel() * value.element_size()
+    names = ["model.safetensors"] if len(files) == 1 else [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    for path, chosen in zip(names, files, strict=True):
+        whole = {}
+        for name, value in _gathered({name: tensors[name] for name in chosen}):
+            if folder is not None:
+                whole[name] = value
+        if folder is not None:
+            save_file(whole, folder / path, {"format": "pt"})
+    if folder is None:
+        return
+    if len(files) > 1:
+        where = {name: path for path, chosen in zip(names, files, strict=True) for name in chosen}
+        total = sum(value.numel() * value.element_size() for value in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    model.config.architectures, model.config.dtype = [type(model).__name__], "float32"
+    model.config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors, one after the other, on every worker."""
+    for name, value in tensors.items():
+        yield name, (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+
+
+def release(module: nn.Module) -> None:
+    """After forward passes without a backward pass: give back what was gathered and kept."""
+    if isinstance(module, FSDPModule):
+        module.reshard()

@@ -38,6 +38,9 @@ class PeerSession:
         torch.distributed.all_reduce(values)
         return values
 
+    def leave(self, step):
+        return False
+
     def report(self, metrics, step):
         self.history.append((step, dict(metrics)))
         if step == self._stop and "train/loss" in metrics:

@@ -39,7 +39,7 @@ class Places:
 
     def ask(self, workers: int) -> None:
         """For room for so many, all together or not at all: two jobs never hold half a group each and wait for the rest."""
-        selector = [self._labels] * workers if self._labels else []
+        selector = [self._labels] * workers if self._labels else None
         self._asked.append((placement_group([self._bundle] * workers, bundle_label_selector=selector), workers))
 
     def held(self) -> int:

@@ -161,7 +161,7 @@ def test_packed_rows_do_not_see_each_other(decoder, lengths, attention):
             alone.append(decoder(input_ids=torch.from_numpy(row).long()[None]).logits[0, :-1])
     for logits in said:
         assert (logits - torch.cat(alone)).abs().max() < 1e-5
-    assert torch.allclose(hidden[0], hidden[1], rtol=1e-5, atol=1e-5)
+    assert torch.allclose(hidden[0], hidden[1], rtol=1e-5, atol=5e-5)  # of values around 20
 
 
 def test_a_change_in_one_packed_row_changes_no_other(decoder):

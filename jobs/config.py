@@ -399,8 +399,12 @@ class JobConfig(Config):
 
     @property
     def workspace(self) -> Path:
-        """Local folder of everything that goes by this job's name; its journals lie there."""
-        storage = "distillery-runs" if "://" in self.cluster.storage else self.cluster.storage
+        """Local folder of everything that goes by this job's name; its journals lie there.
+
+        Of a remote storage not in the current folder: that of a job on a cluster is another one each time.
+        """
+        remote = "://" in self.cluster.storage
+        storage = (os.environ.get("DISTILLERY_STATE") or "~/.distillery") if remote else self.cluster.storage
         return Path(os.path.abspath(os.path.expanduser(storage))) / "runs" / self.name
 
     @property

@@ -227,6 +227,7 @@ def test_a_trained_teacher_with_its_labels_in_another_order_and_storage_in_an_ob
             place, "remote", cluster={"cpus_per_worker": 1, "storage": uri}, tracking={"uri": f"sqlite:///{place.folder}/remote.db"}
         )
         keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "DISTILLERY_CACHE": str(place.folder / "cache")}
+        keys["DISTILLERY_STATE"] = str(place.folder / "state")
         output, _ = place.run("run", job, **keys)
         assert re.search(r"^done student copy", output, re.M)
         with pytest.MonkeyPatch.context() as patch:

@@ -36,7 +36,7 @@ from distillation.documents import ordinary_ids
 from distillation.errors import ConfigError, InputError
 from distillation.loop import Fit, Session
 from distillation.losses import projected, student_layers
-from distillation.network import Network, observe, order_head
+from distillation.network import Network, observe, order_head, output_head
 from distillation.rows import Rows, open_rows
 from distillation.signals import rows_answered
 from distillation.storage import Storage
@@ -113,11 +113,7 @@ def _part(
     writes the first: on one machine it has to fit, in memory, not on a device.
     """
     assert session.mesh is not None
-    if isinstance(config.student, ProbeStudent):
-        raise ConfigError(
-            "DST-2051", "a probe cannot be sharded", where="cluster.student.shards", expected="1", found="more",
-            do="Leave shards out: it is one linear layer",
-        )  # fmt: skip
+    assert not isinstance(config.student, ProbeStudent), "the settings were checked"
     if (settings := checkpoints.settings(session)) is None:
         if session.rank == 0:
             checkpoints.begin(whole())
@@ -215,19 +211,30 @@ def adopt(
     made_from: Mapping[str, Any],
     *,
     pickled: bool = False,
+    sharded: bool = False,
 ) -> None:
     """Commit a teacher that is already trained: every tensor there, classes in the corpus's order, names written down.
 
+    sharded: read and write it tensor by tensor, because it may be larger than this machine.
     Raises InputError where model and corpus do not belong together.
     """
     if (done := store.find(storage, stage)) is not None and done.fingerprint == fingerprint:
         return
-    model = models.load(folder, task, pickled=pickled)
+    model, pieces = sharding.look(folder, task) if sharded else (models.load(folder, task, pickled=pickled), None)
     order: list[int] = []
     if labels and not isinstance(task, Embedding):
         order = order_head(model, labels, str(folder))
     facts = {"result": {}, "history": [], "label_order": order}
-    commit_model(storage, stage, model, folder, task, labels, fingerprint, made_from, facts)
+    save = functools.partial(sharding.save_model, whole=functools.partial(_ordered, pieces, model, order)) if pieces else None
+    commit_model(storage, stage, model, folder, task, labels, fingerprint, made_from, facts, save=save)
+
+
+def _ordered(pieces: sharding.Pieces, model: Any, order: list[int], name: str, _: torch.Tensor) -> torch.Tensor:
+    """A tensor of a model that lies in files, fp32; of its head the rows in this order."""
+    found = pieces.whole(name)
+    found = found.float() if found.is_floating_point() else found
+    head = {id(parameter) for parameter in output_head(model).parameters()} if order else set()
+    return found[order] if id(dict(model.named_parameters()).get(name)) in head else found
 
 
 def model_folder(storage: Storage, folder: str) -> Path:

@@ -7,7 +7,7 @@ them the same number of forward passes. Weights are read from safetensors a part
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,27 +110,34 @@ def load(
 
     Raises InputError as `models.load` does.
     """
+    model, pieces = look(folder, task, attention)
+    made = split(network(model), mesh, device, training=False)
+    with torch.no_grad():
+        for name, value in own_tensors(model).items():
+            fill(value, pieces, name)
+    return made.eval()
+
+
+def look(folder: Path, task: TaskConfig, attention: str | None = None) -> tuple[Any, Pieces]:
+    """Outline of the model in a folder, and its tensors. Raises InputError where one is missing or of another shape."""
     from transformers import AutoConfig
 
     settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if attention:
         settings._attn_implementation = attention
-    made = network(outline(settings, task))
-    tied = {f"model.{name}" for name in getattr(made.model, "all_tied_weights_keys", None) or ()}
-    shapes = {name: tuple(value.shape) for name, value in made.state_dict().items() if name not in tied}
-    pieces = Pieces(sorted(folder.glob("*.safetensors")))
-    lost = [name.removeprefix("model.") for name, shape in shapes.items() if pieces.shape(name.removeprefix("model.")) != shape]
-    if lost:
+    model, pieces = outline(settings, task), Pieces(sorted(folder.glob("*.safetensors")))
+    if lost := sorted(name for name, value in own_tensors(model).items() if pieces.shape(name) != tuple(value.shape)):
         raise InputError(
             "DST-3207", "model lacks tensors", where=str(folder), expected="every tensor of the architecture, by its name",
-            found=f"{len(lost)} missing or of another shape: {', '.join(sorted(lost)[:4])}", do="Save the model again with save_pretrained",
+            found=f"{len(lost)} missing or of another shape: {', '.join(lost[:4])}", do="Save the model again with save_pretrained",
         )  # fmt: skip
-    split(made, mesh, device, training=False)
-    with torch.no_grad():
-        for name, value in made.state_dict().items():
-            if name in shapes:
-                fill(value, pieces, name.removeprefix("model."))
-    return made.eval()
+    return model, pieces
+
+
+def own_tensors(model: Any) -> dict[str, Tensor]:
+    """Tensors of a model as its file has them: tied ones under one name."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    return {name: value for name, value in model.state_dict().items() if name not in tied}
 
 
 # --------------------------------------------------------------------------------------------------------------- tensors
@@ -188,6 +195,9 @@ class Pieces:
         """Of the whole tensor; None where there is none of this name."""
         return self._shapes.get(name)
 
+    def whole(self, name: str) -> Tensor:
+        return self.read(name, 0, (self._shapes[name] or (1,))[0])
+
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a tensor; a tensor without dimensions counts as one row. A copy."""
         found = []
@@ -205,10 +215,17 @@ def save_part(tensors: Mapping[str, Tensor], starts: Mapping[str, int], path: Pa
     save_file(dict(tensors), path, {STARTS: json.dumps(dict(starts))})
 
 
-def save_model(model: Any, folder: Path | None) -> None:
-    """Write a sharded model as save_pretrained does; every worker has to call it, one with a folder. Holds `FILE_BYTES` at a time."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-    tensors = {name: value for name, value in model.state_dict().items() if name not in tied}
+def gathered(_: str, value: Tensor) -> Tensor:
+    """A whole tensor of a sharded model. Every worker has to ask for it."""
+    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+
+
+def save_model(model: Any, folder: Path | None, whole: Callable[[str, Tensor], Tensor] = gathered) -> None:
+    """Write a sharded model as save_pretrained does; every worker has to call it, one with a folder. Holds `FILE_BYTES` at a time.
+
+    whole: what to write for a tensor of the model.
+    """
+    tensors = own_tensors(model)
     files: list[list[str]] = [[]]
     size = 0
     for name, value in tensors.items():
@@ -219,12 +236,13 @@ def save_model(model: Any, folder: Path | None) -> None:
         size += value.numel() * value.element_size()
     names = ["model.safetensors"] if len(files) == 1 else [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
     for path, chosen in zip(names, files, strict=True):
-        whole = {}
-        for name, value in _gathered({name: tensors[name] for name in chosen}):
+        kept = {}
+        for name in chosen:
+            value = whole(name, tensors[name])
             if folder is not None:
-                whole[name] = value
+                kept[name] = value
         if folder is not None:
-            save_file(whole, folder / path, {"format": "pt"})
+            save_file(kept, folder / path, {"format": "pt"})
     if folder is None:
         return
     if len(files) > 1:
@@ -236,12 +254,6 @@ def save_model(model: Any, folder: Path | None) -> None:
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
-
-
-def _gathered(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors, one after the other, on every worker."""
-    for name, value in tensors.items():
-        yield name, (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
 
 
 def release(module: nn.Module) -> None:

@@ -136,6 +136,11 @@ def check_teacher(job: JobConfig, name: str, folder: Path) -> None:
         raise InputError(
             "DST-3211", "architecture cannot be cut into layers", where=str(folder), expected="num_hidden_layers in config.json"
         )
+    if job.cluster.group("teacher").shards != 1 and "depths" in config:
+        raise InputError(
+            "DST-3241", "architecture cannot be sharded", where=str(folder), expected="a transformer", found=str(config["model_type"]),
+            do="Leave cluster.teacher.shards out",
+        )  # fmt: skip
     _check_length(job.task, config, folder)
     features, logits = teacher.targets.features, job.targets(name).logits
     wanted = [*features.layers, *([features.relations] if features.relations is not None else [])] if features else []

@@ -274,6 +274,9 @@ class JobConfig(Config):
         for path, tokens in sizes.items():
             if tokens < self.task.max_length:
                 yield f"{path} is {tokens}, less than one row of task.max_length {self.task.max_length}"
+        for name, student in self.all_students.items() if self.cluster.group("student").shards != 1 else ():
+            if isinstance(student, ProbeStudent | ConvolutionalStudent):
+                yield f"cluster.student.shards: student {name} is of type {student.type}, which cannot be cut among workers; leave shards out"
         if self.tracking.uri is None and "://" in self.cluster.storage:
             yield "tracking.uri: name an MLflow server; SQLite cannot lie in an object store"
         yield from self._worker_problems()

@@ -125,7 +125,7 @@ def _train_teacher(context: Context, name: str) -> None:
         with progress.stage(f"{name}: {teacher.model}"):
             fit.adopt(
                 plan.storage, plan.models[name], job.task, plan.labels(), stage.folder, stage.fingerprint, stage.made_from,
-                pickled=teacher.pickled_weights,
+                pickled=teacher.pickled_weights, sharded=job.cluster.group("teacher").shards != 1,
             )  # fmt: skip
     _describe_model(context, key, stage)
 

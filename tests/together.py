@@ -32,7 +32,7 @@ class PeerSession:
         self.mesh = mesh_of(self.world_size, shards, self.device)
 
     def wrap(self, module):
-        return module if self.mesh is not None or self.world_size == 1 else DistributedDataParallel(module, broadcast_buffers=False)
+        return module if self.mesh is not None or self.world_size == 1 else DistributedDataParallel(module)
 
     def all_reduce(self, values):
         torch.distributed.all_reduce(values)

@@ -13,7 +13,7 @@ from distillation.config import DenseLogits, TargetsConfig, TextClassification, 
 from distillation.errors import InputError
 from distillation.loop import LocalSession
 from distillation.network import Network
-from tests.tiny import bert, settings, world
+from tests.tiny import bert, model_folder, settings, world
 from tests.together import PeerSession, together, trained_together
 
 
@@ -99,7 +99,7 @@ def test_what_was_restored_is_what_was_saved_to_the_last_bit(storage, tmp_path):
 def read(storage, name, step):
     folder = f"students/{name}.checkpoints/step-{step:08d}"
     pieces = sharding.Pieces([storage.fetch(f"{folder}/{file}") for file in storage.list(folder) if file.endswith(".safetensors")])
-    return {name: pieces.read(name, 0, (pieces.shape(name) or (1,))[0]) for name in pieces.names()}
+    return {name: pieces.whole(name) for name in pieces.names()}
 
 
 def save_again(config):
@@ -162,6 +162,20 @@ def test_a_teacher_that_lacks_a_tensor_is_refused(tmp_path):
     save_file(tensors, tmp_path / "model/model.safetensors", metadata={"format": "pt"})
     task = TextClassification(type="text_classification", max_length=32)
     together(tmp_path / "run", 2, lacking, tmp_path / "model", task.model_dump_json())
+
+
+def test_a_teacher_is_taken_over_tensor_by_tensor_as_it_is_as_a_whole(storage, tmp_path, monkeypatch):
+    model_folder(tmp_path / "source", labels=("c", "a", "b"))  # another order than the corpus has
+    task = TextClassification(type="text_classification", max_length=32)
+    fit.adopt(storage, tmp_path / "source", task, ("a", "b", "c"), "teachers/whole", "w", {})
+    monkeypatch.setattr(sharding, "FILE_BYTES", 4000)
+    fit.adopt(storage, tmp_path / "source", task, ("a", "b", "c"), "teachers/streamed", "s", {}, sharded=True)
+    whole, streamed = (fit.model_folder(storage, f"teachers/{name}") for name in ("whole", "streamed"))
+    assert len(list(streamed.glob("model-*.safetensors"))) > 3
+    assert (whole / "config.json").read_text() == (streamed / "config.json").read_text()
+    one, other = (models.load(folder, task).state_dict() for folder in (whole, streamed))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_parts_are_found_by_their_rows(tmp_path):

@@ -6,6 +6,7 @@ them the same number of forward passes. Weights are read from safetensors a part
 
 from __future__ import annotations
 
+import ctypes
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ from distillation.network import Network
 
 FILE_BYTES = 1 << 29
 """Of a file of a finished model: what the worker that writes it holds of the whole at most, if no tensor alone is larger."""
+BLOCK_BYTES = 1 << 18
+"""Of a block of memory that a worker without a GPU gives back to the system as soon as it is free."""
 STARTS = "starts"
 """In the header of a part: the first row of every tensor that is not whole there, as JSON."""
 
@@ -74,6 +77,8 @@ def split(network: Network, mesh: DeviceMesh, device: torch.device, *, training:
             "DST-3241", "architecture cannot be sharded", where=type(model).__name__, expected="weights of one dimension or more, no batch norms",
             found="batch norms or scalars", do="Set shards to 1",
         )  # fmt: skip
+    if device.type == "cpu":
+        _give_memory_back()
     on = mesh if training and mesh.size(0) > 1 else mesh["shards"]
     for unit in _units(network):
         fully_shard(unit, mesh=on)
@@ -91,6 +96,14 @@ def split(network: Network, mesh: DeviceMesh, device: torch.device, *, training:
         for module, other in others:
             setattr(module, other, getattr(first, name))
     return network
+
+
+def _give_memory_back() -> None:
+    """What layers are gathered into is taken and freed again and again. glibc would keep it, in pieces that the next layer does not fit into:
+    the worker would grow by more than the whole model.
+    """
+    if (set_option := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        set_option(-3, BLOCK_BYTES)  # M_MMAP_THRESHOLD
 
 
 def _units(network: Network) -> list[nn.Module]:

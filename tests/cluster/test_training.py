@@ -126,7 +126,7 @@ def dying_worker(payload):
 @pytest.mark.parametrize(("count", "rank"), [(1, 0), (2, 1)])
 def test_a_worker_killed_in_mid_epoch_costs_nothing_but_time(storage, tmp_path, alone, count, rank):
     name = f"killed-{count}"
-    config = settings(storage, name, training=plan())
+    config = settings(storage, name, training=plan(), losses=BALANCED)
     payload = {"fit": config.model_dump(mode="json"), "key": "job/s", "mark": str(tmp_path / "mark"), "dies": (rank, 7)}
     told = []
     with Journal(tmp_path / "journal.jsonl") as journal:

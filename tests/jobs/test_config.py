@@ -228,7 +228,7 @@ def test_names_and_numbers_survive_the_dump():
         ("evaluation.zzzzzzzz", "evaluation.zzzzzzzz", "allowed: batch_tokens, precision, repeats, threads"),
         # What another member of the union has is unknown here.
         ("student.depths", "student.depths", "allowed: choose, count, heads, hidden_size, intermediate_size"),
-        ("losses.soft.label_smoothing", "losses.soft.label_smoothing", "allowed: route, teacher, temperature, type, weight"),
+        ("losses.soft.label_smoothing", "losses.soft.label_smoothing", "allowed: balance, route, teacher, temperature, type, weight"),
     ],
 )
 def test_unknown_keys(path, found, hint):

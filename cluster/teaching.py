@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import TypeAdapter
-from torch.distributed.device_mesh import DeviceMesh
 
 from cluster.config import ClusterConfig
 from cluster.session import Record
@@ -23,6 +22,9 @@ from distillation.loop import Left
 from distillation.rows import Rows
 from distillation.storage import Storage
 from distillation.store import Columns, FileRecord, Manifest
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 SPLITS = ("train", "validation")
 """What students look at. The test split is answered by teacher and student alike, at the end, in evaluation."""

@@ -12,18 +12,19 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from distillation import store
 from distillation.errors import InputError, StorageError
-from distillation.sharding import Pieces, fill, local, place, save_part
+from distillation.sharding import Pieces, fill, is_cut, local, place, save_part
 from distillation.storage import Storage
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 KEEP = 2
 """Newest checkpoints that stay: one more than is needed, in case the newest is damaged."""
@@ -248,7 +249,7 @@ def _part(tensors: dict[str, Tensor], mesh: DeviceMesh) -> tuple[dict[str, Tenso
     found, starts = {}, {}
     for name, value in tensors.items():
         start, stop = place(value)
-        if replica == 0 and stop > start and (isinstance(value, DTensor) or shard == 0):
+        if replica == 0 and stop > start and (is_cut(value) or shard == 0):
             found[name], starts[name] = _copy(local(value)), start
     return found, starts
 

@@ -12,13 +12,11 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -32,8 +30,11 @@ from distillation.errors import DivergedError, InputError
 from distillation.losses import at, gradient_squares, group_of, unit_of, weigh
 from distillation.models import use_bf16
 from distillation.rows import Rows
-from distillation.sharding import release
+from distillation.sharding import gathered, release
 from distillation.signals import Batch, Outputs, TeacherSignal
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class Session(Protocol):
@@ -291,7 +292,7 @@ class Fit:
                 squares = {name: squares[name] + value for name, value in gradient_squares(losses, outputs, batch, counts).items()}
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = float(total.full_tensor() if isinstance(total, DTensor) else total)
+        norm = float(gathered(total))
         if not math.isfinite(norm):
             self._diverged(rows, step, sums)
         if norm > training.clip:  # asked first: scaling by 1 would touch every gradient for nothing

@@ -10,15 +10,12 @@ import ctypes
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -26,6 +23,9 @@ from distillation import models
 from distillation.config import TaskConfig
 from distillation.errors import InputError
 from distillation.network import Network
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 FILE_BYTES = 1 << 29
 """Of a file of a finished model: what the worker that writes it holds of the whole at most, if no tensor alone is larger."""
@@ -44,6 +44,8 @@ def mesh_of(world_size: int, shards: int | None, device: torch.device) -> Device
     assert world_size % count == 0, "the settings were checked"
     if count == 1:
         return None
+    from torch.distributed.device_mesh import init_device_mesh
+
     return init_device_mesh(device.type, (world_size // count, count), mesh_dim_names=("replicas", "shards"))
 
 
@@ -71,6 +73,8 @@ def split(network: Network, mesh: DeviceMesh, device: torch.device, *, training:
     training: gradients are averaged over all workers of the mesh; else each replica stands alone. Raises InputError for a model that cannot
     be cut: one with batch norms, which would need the statistics of all workers, or without one list of layers.
     """
+    from torch.distributed.fsdp import fully_shard
+
     model = network.model
     if any(isinstance(module, _BatchNorm) for module in network.modules()) or any(p.dim() == 0 for p in network.parameters()):
         raise InputError(
@@ -156,9 +160,9 @@ def own_tensors(model: Any) -> dict[str, Tensor]:
 # --------------------------------------------------------------------------------------------------------------- tensors
 
 
-def place(value: Tensor) -> tuple[int, int]:
+def place(value: Any) -> tuple[int, int]:
     """First row of this worker's part of a tensor and the row after its last; of a whole tensor all of its rows."""
-    if not isinstance(value, DTensor):
+    if not is_cut(value):
         return 0, value.shape[0] if value.dim() else 1
     mesh, rows = value.device_mesh, value.shape[0]
     rank, count = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
@@ -168,9 +172,19 @@ def place(value: Tensor) -> tuple[int, int]:
     return found
 
 
-def local(value: Tensor) -> Tensor:
+def is_cut(value: Tensor) -> Any:
+    """Whether it is a DTensor; asked this way, because importing that takes a second in every process."""
+    return hasattr(value, "full_tensor")
+
+
+def gathered(value: Any) -> Any:
+    """The whole of a tensor. Every worker has to ask for it."""
+    return value.full_tensor() if is_cut(value) else value
+
+
+def local(value: Any) -> Any:
     """What this worker holds of a tensor."""
-    return value.to_local() if isinstance(value, DTensor) else value
+    return value.to_local() if is_cut(value) else value
 
 
 def fill(value: Tensor, pieces: Pieces, name: str) -> None:
@@ -228,12 +242,13 @@ def save_part(tensors: Mapping[str, Tensor], starts: Mapping[str, int], path: Pa
     save_file(dict(tensors), path, {STARTS: json.dumps(dict(starts))})
 
 
-def gathered(_: str, value: Tensor) -> Tensor:
+def whole_tensor(_: str, value: Tensor) -> Tensor:
     """A whole tensor of a sharded model. Every worker has to ask for it."""
-    return (value.full_tensor() if isinstance(value, DTensor) else value).detach().cpu()
+    whole: Tensor = gathered(value).detach().cpu()
+    return whole
 
 
-def save_model(model: Any, folder: Path | None, whole: Callable[[str, Tensor], Tensor] = gathered) -> None:
+def save_model(model: Any, folder: Path | None, whole: Callable[[str, Tensor], Tensor] = whole_tensor) -> None:
     """Write a sharded model as save_pretrained does; every worker has to call it, one with a folder. Holds `FILE_BYTES` at a time.
 
     whole: what to write for a tensor of the model.
@@ -271,5 +286,5 @@ def save_model(model: Any, folder: Path | None, whole: Callable[[str, Tensor], T
 
 def release(module: nn.Module) -> None:
     """After forward passes without a backward pass: give back what was gathered and kept."""
-    if isinstance(module, FSDPModule):
-        module.reshard()
+    if (reshard := getattr(module, "reshard", None)) is not None:
+        reshard()

@@ -43,6 +43,10 @@ REFRESH_SECONDS = 5.0
 """A node forgets a gauge that was not set for 20 seconds, and a long step takes longer."""
 
 
+RATE_SECONDS = 1.0
+"""Between two points that tell how fast a teacher is: points arrive in bundles."""
+
+
 @cache
 def _counter(name: str, told: str) -> Counter:
     return Counter(name, told, LABELS)
@@ -106,8 +110,11 @@ class Meter:
     def _answers(self, metrics: Mapping[str, float]) -> dict[str, float]:
         if "teacher/rows" in metrics:
             rows, now = metrics["teacher/rows"], time.monotonic()
-            before, self._answered = self._answered, (rows, now)
-            rate = {} if before is None or now <= before[1] else {"teacher/rows_per_second": max(0.0, rows - before[0]) / (now - before[1])}
+            before = self._answered or (rows, now)
+            waited = now - before[1]
+            if self._answered is None or waited >= RATE_SECONDS:
+                self._answered = rows, now
+            rate = {"teacher/rows_per_second": max(0.0, rows - before[0]) / waited} if waited >= RATE_SECONDS else {}
             return {"perf/live_answers": rows, **rate}
         rows = metrics.get("train/rows", 0.0) if "train/loss" in metrics else 0.0
         each = {"perf/stored_answers": self._stored, "perf/live_answers": self._live}

@@ -100,7 +100,8 @@ def test_two_workers_leave_the_same_bytes_as_one(storage, undisturbed):
     manifest = taught(storage, "targets/two", 2, record=lambda key, metrics, step: told.append((key, metrics, step)))
     assert digests(storage, "targets/two") == undisturbed
     assert [p.name for p in manifest.splits["train"]] == [p.name for p in store.find(storage, "corpora/c").splits["train"]]
-    assert told[-1] == ("job/teacher", {"teacher/rows": 150.0}, 75)  # half of the parts each
+    key, metrics, rows = told[-1]
+    assert (key, metrics["teacher/rows"], rows) == ("job/teacher", 150.0, 75)  # half of the parts each
 
 
 def test_what_is_stored_is_what_the_teacher_says(storage, undisturbed):

@@ -21,7 +21,12 @@ from tests.jobs.place import JOB, furnished
 
 ROOT = Path(__file__).resolve().parents[2]
 # Ray Data warns of its own old settings whenever it makes its context, also with the defaults.
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]
+pytestmark = [
+    pytest.mark.nodes,
+    pytest.mark.ray,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),
+]
 
 CLUSTER = {
     "address": "auto", "storage": "storage",

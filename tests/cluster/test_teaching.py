@@ -145,7 +145,7 @@ def test_killed_in_the_middle_and_run_again_computes_what_is_missing(storage):
     corpus = tiny.corpus(storage, train=900, part_rows=3, folder="corpora/big")
     total = 300 + 10
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, storage.uri], cwd=ROOT)
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while len(storage.list("targets/cut")) < 40:
         assert driver.poll() is None
         assert time.monotonic() < deadline

@@ -70,7 +70,7 @@ class Place:
         """Output and seconds of a command that must succeed."""
         started = time.monotonic()
         process = self.start(*arguments, **changes)
-        output, _ = process.communicate(timeout=240)
+        output, _ = process.communicate(timeout=560)
         assert process.returncode == 0, output
         assert "Traceback" not in output
         return output, time.monotonic() - started

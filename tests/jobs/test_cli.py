@@ -34,7 +34,7 @@ def distill(tmp_path):
     """Run a command in an empty folder: (exit code, stdout, stderr)."""
 
     def run(*arguments, **changes):
-        done = subprocess.run([*PYTHON, *arguments], cwd=tmp_path, env=environment(**changes), capture_output=True, text=True, timeout=120)
+        done = subprocess.run([*PYTHON, *arguments], cwd=tmp_path, env=environment(**changes), capture_output=True, text=True, timeout=300)
         return done.returncode, done.stdout, done.stderr
 
     return run

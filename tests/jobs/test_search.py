@@ -88,7 +88,7 @@ def here(place, first):
 def refuse(place, *arguments):
     """Exit code and output of a command that fails."""
     process = place.start(*arguments)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=560)
     assert process.returncode != 0, output
     assert "Traceback" not in output
     return process.returncode, output
@@ -401,7 +401,7 @@ def test_a_trial_whose_process_is_killed_is_tried_again_or_recorded(place, first
     until(place, name, process, lambda events: sum(event["kind"] == "point" for event in events) > 3)
     for one in workers_of(process):
         one.kill()
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=560)
     assert process.returncode == 0, output
     found = recorded(place, name)
     assert [trial.state for trial in found.of_role("trial")] == [["failed", "finished"][restarts > 0], "finished", "finished"]

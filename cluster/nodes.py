@@ -1,7 +1,4 @@
-"""Looks at every node of a cluster: one line for each thing that has to be alike or within reach everywhere. Prints nothing.
-
-Writes a few small files to the storage and removes them again.
-"""
+"""Looks at every node of a cluster: one line for each thing that has to be alike or within reach everywhere. Prints nothing."""
 
 from __future__ import annotations
 
@@ -12,16 +9,14 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
-from uuid import uuid4
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from cluster import doctor, package
+from cluster import doctor, package, preflight
 from cluster.config import ROLES, ClusterConfig, TrackingConfig
 from cluster.doctor import GB, PACKAGES, Check
 from distillation.errors import DistilleryError
-from distillation.storage import Storage
 
 SECONDS = 90
 """For a node to start a process and look."""
@@ -30,17 +25,11 @@ SECONDS = 90
 def check(cluster: ClusterConfig, tracking: TrackingConfig | None, storage: str | None) -> list[Check]:
     """Needs a connection to Ray. storage, tracking: None where no job names them."""
     alive = [node for node in ray.nodes() if node["Alive"]]
-    folder = f"preflight/{uuid4().hex}"
-    if storage is not None:
-        try:
-            Storage(storage).write(f"{folder}/head", folder.encode())
-        except DistilleryError as error:
-            return [Check("storage", "fail", f"head: {error.what}: {error.where}: {error.found}", error.do)]
     uri = tracking.uri if tracking and (tracking.uri or "").startswith("http") else None
     gpus = max(cluster.group(role).gpus for role in ROLES)
     looked = {node["NodeID"]: look.options(  # type: ignore[attr-defined]
         scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    ).remote(storage, folder, uri, bool(node["Resources"].get("GPU"))) for node in alive}  # fmt: skip
+    ).remote(uri, bool(node["Resources"].get("GPU"))) for node in alive}  # fmt: skip
     ray.wait(list(looked.values()), num_returns=len(looked), timeout=SECONDS)
     found: dict[str, dict[str, Any]] = {}
     silent: dict[str, str] = {}
@@ -50,25 +39,21 @@ def check(cluster: ClusterConfig, tracking: TrackingConfig | None, storage: str 
             found[name] = ray.get(looked[node["NodeID"]], timeout=0)
         except ray.exceptions.RayError as error:
             silent[name] = "no answer" if isinstance(error, ray.exceptions.GetTimeoutError) else str(error).strip().splitlines()[-1]
-    try:
-        return [
-            _answered(alive, silent),
-            *_versions(found),
-            _alike("distillery", {name: one["code"] for name, one in found.items()}),
-            _gpus(alive, found, gpus),
-            _least("memory", found, "free", 4 * GB, "Close other programs on it, or give it fewer workers"),
-            _least("/dev/shm", found, "shm", 0.2 * GB, "Ray keeps objects there, else on the slower disk; in a container set --shm-size"),
-            *(_storage(storage, folder, found) if storage is not None else ()),
-            *([_everywhere("mlflow server", found, "mlflow", f"{uri} answers", tracking.strict if tracking else False)] if uri else []),
-            _tokens(found),
-        ]
-    finally:
-        if storage is not None:
-            Storage(storage).delete(folder)
+    return [
+        _answered(alive, silent),
+        *_versions(found),
+        _alike("distillery", {name: one["code"] for name, one in found.items()}),
+        _gpus(alive, found, gpus),
+        _least("memory", found, "free", 4 * GB, "Close other programs on it, or give it fewer workers"),
+        _least("/dev/shm", found, "shm", 0.2 * GB, "Ray keeps objects there, else on the slower disk; in a container set --shm-size"),
+        *([_storage(storage)] if storage is not None else []),
+        *([_everywhere("mlflow server", found, "mlflow", f"{uri} answers", tracking.strict if tracking else False)] if uri else []),
+        _tokens(found),
+    ]
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def look(storage: str | None, folder: str, uri: str | None, has_gpu: bool) -> dict[str, Any]:
+def look(uri: str | None, has_gpu: bool) -> dict[str, Any]:
     """What a node has. Runs there."""
     free, total = (int(doctor.line_of("/proc/meminfo", key).split()[0]) * 1024 for key in ("MemAvailable", "MemTotal"))
     reached = doctor.server(uri, "fail") if uri else None
@@ -76,25 +61,10 @@ def look(storage: str | None, folder: str, uri: str | None, has_gpu: bool) -> di
         "versions": {"python": ".".join(map(str, sys.version_info[:3])), **{name: _version(name) for name in PACKAGES}},
         "code": f"code {package.code_fingerprint()}", "free": free, "total": total,
         "shm": shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0,
-        "gpus": _devices() if has_gpu else [], "storage": _shared(storage, folder) if storage is not None else "",
+        "gpus": _devices() if has_gpu else [],
         "mlflow": (f"{reached.found}. {reached.do}" if reached and reached.state != "ok" else ""),
         "token": os.environ.get("RAY_AUTH_MODE", "not set"),
     }  # fmt: skip
-
-
-def _shared(storage: str, folder: str) -> str:
-    """Why what the head wrote is not there, or cannot be answered; empty if all is well."""
-    node = ray.get_runtime_context().get_node_id()
-    try:
-        place = Storage(storage)
-        if place.read(f"{folder}/head") != folder.encode():
-            return "reads other bytes than the head wrote"
-        place.write(f"{folder}/{node}", node.encode())
-    except FileNotFoundError:
-        return "does not see what the head wrote"
-    except DistilleryError as error:
-        return f"{error.what}: {error.found or error.where}"
-    return ""
 
 
 def _version(name: str) -> str:
@@ -173,18 +143,15 @@ def _least(name: str, found: Mapping[str, Mapping[str, Any]], key: str, need: fl
     return Check(name, "ok", f"at least {min((one[key] for one in found.values()), default=0) / GB:.1f} GB on every node")
 
 
-def _storage(uri: str, folder: str, found: Mapping[str, Mapping[str, Any]]) -> Iterator[Check]:
+def _storage(uri: str) -> Check:
     """Nodes read what the head wrote, and the head what they wrote."""
-    problems = {node: one["storage"] for node, one in found.items() if one["storage"]}
-    storage = Storage(uri)
-    unseen = len(found) - len(problems) + 1 - len(storage.list(folder)) if not problems else 0
-    do = "Mount one folder on every node (NFS, EFS, Lustre), or set cluster.storage to a URI such as s3://bucket/distillery"
+    try:
+        problems = [one for one in preflight.check_nodes(uri, SECONDS) if one.found]
+    except DistilleryError as error:
+        return Check("storage", "fail", f"head: {error.what}: {error.where}: {error.found}", error.do)
     if problems:
-        yield Check("storage", "fail", "; ".join(f"{node} {why}" for node, why in problems.items()), do)
-    elif unseen:
-        yield Check("storage", "fail", f"the head does not see what {unseen} nodes wrote", do)
-    else:
-        yield Check("storage", "ok", f"{uri}: every node reads what the head writes, and the head what they write")
+        return Check("storage", "fail", "; ".join(f"{one.node}: {one.found}" for one in problems), problems[0].do)
+    return Check("storage", "ok", f"{uri}: every node reads what the head writes, and the head what they write")
 
 
 def _everywhere(name: str, found: Mapping[str, Mapping[str, Any]], key: str, well: str, strict: bool) -> Check:

@@ -101,7 +101,9 @@ def _teach_worker(payload: dict[str, Any]) -> int:
         rows = Rows(Columns(store.intact(storage, payload["corpus"], [part])), {}, reads)
         table, told = answer_part(teacher, rows, targets, payload["batch_tokens"], bf16, session.device)
         store.write_part(storage, payload["output"], part.name.removesuffix(".arrow"), table, part.tokens)
-        answered, computed = answered + part.rows, computed + len(sorted_batches(rows.lengths, payload["batch_tokens"]))
+        answered += part.rows
+        if mesh is not None:
+            computed += len(sorted_batches(rows.lengths, payload["batch_tokens"]))
         session.report({"teacher/rows": float(before + answered * session.world_size), **told}, before + answered)
     if computed < rounds:
         first = Rows(Columns(store.intact(storage, payload["corpus"], open_parts[:1])), {}, reads)

@@ -245,18 +245,16 @@ def plan(
     made = make_plan(config)
     require_possible(made)
     lines = estimate.lines(made)
-    if config.cluster.address:
-        fits = fit.look(made, lines)
+    fits = fit.look(made, lines) if config.cluster.address else []
     if as_json:
         stages = [line._asdict() for line in lines]
-        typer.echo(json.dumps({"stages": stages, "fits": [one._asdict() for one in fits]} if config.cluster.address else stages, indent=1))
+        typer.echo(json.dumps({"stages": stages, "fits": [one.as_dict() for one in fits]} if fits else stages, indent=1))
     else:
         console().print(estimate.table(config.name, lines))
-        if config.cluster.address:
+        if fits:
             console().print(fit.table(fits))
     estimate.require_budget(made, lines)
-    if config.cluster.address:
-        fit.require(fits)
+    fit.require(fits)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import ray
 from rich.markup import escape
@@ -45,6 +45,10 @@ class Fit(NamedTuple):
     has: str
     do: str
     error: DistilleryError | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**self._asdict(), "error": self.error and self.error.as_dict()}
 
 
 def look(plan: Plan, lines: Sequence[Line]) -> list[Fit]:

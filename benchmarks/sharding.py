@@ -2,7 +2,7 @@
 
 python -m benchmarks.sharding          some minutes on two cores
 
-Plain processes, one thread each, with the allocator set as in workers of Ray. The teacher is BERT with 32 layers of width 320 and random
+Plain processes, one thread each, with the allocator set as in workers of Ray. The teacher is BERT with 48 layers of width 384 and random
 weights, the student has every other one of its layers. Memory is the largest resident set (VmHWM) of any worker, from before the model is
 read to the end; what a worker needs without the model is the same of the same worker with a model of 3 layers of width 16. The share is
 what is left of the first without the second, over the bytes of the whole model (fp32).
@@ -31,7 +31,7 @@ from tests.together import PeerSession, together, trained_together
 
 TASK = TextClassification(type="text_classification", max_length=128)
 BARS = {2: 0.65, 4: 0.40}
-SIZES = {"large": (32, 320), "small": (3, 16)}
+SIZES = {"large": (48, 384), "small": (3, 16)}
 VOCABULARY = 6000
 ROWS, STEPS, STOP = 16, 6, 4
 

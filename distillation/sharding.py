@@ -46,6 +46,8 @@ def mesh_of(world_size: int, shards: int | None, device: torch.device) -> Device
         return None
     from torch.distributed.device_mesh import init_device_mesh
 
+    if device.type == "cpu":
+        _give_memory_back()
     return init_device_mesh(device.type, (world_size // count, count), mesh_dim_names=("replicas", "shards"))
 
 
@@ -81,8 +83,6 @@ def split(network: Network, mesh: DeviceMesh, device: torch.device, *, training:
             "DST-3241", "architecture cannot be sharded", where=type(model).__name__, expected="weights of one dimension or more, no batch norms",
             found="batch norms or scalars", do="Set shards to 1",
         )  # fmt: skip
-    if device.type == "cpu":
-        _give_memory_back()
     on = mesh if training and mesh.size(0) > 1 else mesh["shards"]
     for unit in _units(network):
         fully_shard(unit, mesh=on)
@@ -103,8 +103,8 @@ def split(network: Network, mesh: DeviceMesh, device: torch.device, *, training:
 
 
 def _give_memory_back() -> None:
-    """What layers are gathered into is taken and freed again and again. glibc would keep it, in pieces that the next layer does not fit into:
-    the worker would grow by more than the whole model.
+    """Weights are read, and layers gathered, into memory that is taken and freed again and again. glibc would keep it, in pieces that the next
+    does not fit into: the worker would grow by half of the whole model, or more. From before anything is read.
     """
     if (set_option := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         set_option(-3, BLOCK_BYTES)  # M_MMAP_THRESHOLD

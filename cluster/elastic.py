@@ -97,13 +97,16 @@ def watching(box: Any, group: Group, count: int, resources: Mapping[str, float])
     done = threading.Event()
 
     def watch() -> None:
-        started = time.monotonic()
+        started = None
         with _places(group, resources) as places:
-            for _ in range(group.most - count):
-                places.ask(1)
             while not done.wait(WATCH_SECONDS):
-                going = ray.get(box.nodes.remote()) & state.get_draining_nodes().keys()
-                if going or (places.held() and time.monotonic() - started > GROW_SECONDS):
+                begun = ray.get(box.begun.remote())
+                if started is None and len(begun) == count:  # asked for earlier, more room would be the room of these
+                    started = time.monotonic()
+                    for _ in range(group.most - count):
+                        places.ask(1)
+                going = set(begun.values()) & state.get_draining_nodes().keys()
+                if going or (started is not None and places.held() and time.monotonic() - started > GROW_SECONDS):
                     ray.get(box.ask.remote())
                     done.wait()
 

@@ -128,7 +128,7 @@ class Mailbox:
         self._events: list[tuple[str, dict[str, float], int]] = []
         self._error: DistilleryError | None = None
         self._groups, self._first, self._furthest, self._wasted, self._failures = 0, -1, 0, 0, 0
-        self._nodes: set[str] = set()
+        self._begun: dict[int, str] = {}
         self._watched = self._asked = self._left = False
 
     def put(self, key: str, metrics: dict[str, float], step: int) -> None:
@@ -137,14 +137,14 @@ class Mailbox:
 
     def start(self, watched: bool) -> None:
         """A new group of workers. watched: it may be asked to leave."""
-        self._nodes, self._watched, self._asked, self._left = set(), watched, False, False
+        self._begun, self._watched, self._asked, self._left = {}, watched, False, False
 
     def begin(self, key: str, rank: int, workers: int, node: str, step: int, repeats: bool) -> bool:
         """A worker of the new group begins, with so many steps done and kept; those after it are done again if it `repeats` steps.
 
         Returns whether it may be asked to leave.
         """
-        self._nodes.add(node)
+        self._begun[rank] = node
         if rank == 0:
             self._wasted += max(0, self._furthest - step)
             if step > self._first:  # the group before got somewhere
@@ -157,9 +157,9 @@ class Mailbox:
             self._groups += 1
         return self._watched
 
-    def nodes(self) -> set[str]:
-        """Of the workers that have begun."""
-        return self._nodes
+    def begun(self) -> dict[int, str]:
+        """Ranks that have begun, and their nodes."""
+        return self._begun
 
     def ask(self) -> None:
         """For the workers to save and leave."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,8 @@ import numpy as np
 import ray
 from ray.cluster_utils import Cluster
 
-from cluster.training import TrainSession
+from cluster.config import ClusterConfig
+from cluster.training import TrainSession, run_workers
 from distillation import fit
 from distillation.batches import plan_epoch
 from distillation.config import FitConfig
@@ -26,6 +27,8 @@ from distillation.rows import Rows
 ROOT = Path(__file__).resolve().parents[2]
 PREEMPTION = 2
 """DRAIN_NODE_REASON_PREEMPTION of Ray's autoscaler.proto."""
+FAST, SLOW = "0.02", "1.0"
+"""Seconds a step, in general and while nodes come and go."""
 
 
 def environment(home: Path) -> dict[str, str]:
@@ -88,14 +91,14 @@ def nodes(count: int, **changes: Any) -> Iterator[Nodes]:
 
 
 class Noting(TrainSession):
-    """Writes down which rows this worker reads at which step; takes its time, so that nodes can come and go."""
+    """Writes down which rows this worker reads at which step, into a folder of `*.jsonl`; takes the time that the file `pace` there says."""
 
-    def __init__(self, box: Any, key: str, folder: str, seconds: float) -> None:
+    def __init__(self, box: Any, key: str, folder: str) -> None:
         super().__init__(box, key)
-        self._file, self._seconds, self.step = Path(folder) / f"{time.time_ns()}-{os.getpid()}.jsonl", seconds, 0
+        self._pace, self._file, self.step = Path(folder) / "pace", Path(folder) / f"{time.time_ns()}-{os.getpid()}.jsonl", 0
 
     def leave(self, step: int) -> bool:
-        time.sleep(self._seconds)
+        time.sleep(float(self._pace.read_text() or SLOW))
         self.step = step + 1
         return super().leave(step)
 
@@ -106,11 +109,12 @@ class Noting(TrainSession):
 
 
 def noting_worker(payload: dict[str, Any]) -> dict[str, float]:
-    session, plain = Noting(payload["box"], payload["key"], payload["notes"], payload["seconds"]), Rows.batch
+    session, plain = Noting(payload["box"], payload["key"], payload["notes"]), Rows.batch
 
     def batch(self: Rows, rows: np.ndarray) -> Any:
         if session.step:
             session.note(self.ids(rows))
+            session.step = 0  # what is read after a step is the validation split
         return plain(self, rows)
 
     Rows.batch = batch  # type: ignore[method-assign]
@@ -150,7 +154,7 @@ class Notes:
 
 
 def read_notes(folder: Path) -> Notes:
-    lines = [json.loads(line) for file in folder.iterdir() for line in file.read_text().splitlines()]
+    lines = [json.loads(line) for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()]
     return Notes(sorted(lines, key=lambda line: line["time"]))
 
 
@@ -174,23 +178,37 @@ def losses(points: Sequence[tuple[int, Mapping[str, float]]]) -> dict[int, float
     return dict(sorted((step, metrics["train/loss"]) for step, metrics in points if "train/loss" in metrics))
 
 
-class Events(threading.Thread):
-    """Does one thing after the other, each when the training has come to a step after what was done before."""
+class Events:
+    """Nodes that come and go during a training: each when it has come to a step, and the next when as many workers as expected go on."""
 
-    def __init__(self, *events: tuple[int, Callable[[], Any]]) -> None:
-        super().__init__(daemon=True)
-        self._events, self.step = events, -1
-        self.failed: BaseException | None = None
+    def __init__(self, folder: Path, *events: tuple[int, Callable[[], Any], int]) -> None:
+        """events: (step, what happens, workers after it)."""
+        self._pace, self._events = folder / "pace", events
+        self._pace.write_text(FAST)
+        self._step, self._size = -1, 0
+        self.points: list[tuple[int, Mapping[str, float]]] = []
 
-    def record(self, key: str, metrics: dict[str, float], step: int) -> None:
-        if "train/loss" in metrics:
-            self.step = step
-
-    def run(self) -> None:
-        try:
-            for step, event in self._events:
-                while self.step < step:
-                    time.sleep(0.02)
+    def undergo(self, payload: Mapping[str, Any], cluster: ClusterConfig) -> dict[str, float]:
+        """Train meanwhile. In a thread, because Ray starts nodes in the main one only."""
+        with ThreadPoolExecutor(1) as pool:
+            training = pool.submit(run_workers, noting_worker, payload, cluster, "student", self._record)
+            for step, event, size in self._events:
+                self._wait(training, lambda step=step: self._step >= step)
+                self._pace.write_text(SLOW)
                 event()
-        except BaseException as error:  # noqa: BLE001 - the test raises it
-            self.failed = error
+                self._wait(training, lambda size=size: self._size == size)
+                self._pace.write_text(FAST)
+            result: dict[str, float] = training.result(120)
+            return result
+
+    def _record(self, key: str, metrics: Mapping[str, float], step: int) -> None:
+        self.points.append((step, metrics))
+        if "train/loss" in metrics:
+            self._step = step
+        self._size = int(metrics.get("cluster/workers", self._size))
+
+    def _wait(self, training: Future[Any], ready: Callable[[], bool]) -> None:
+        while not ready():
+            if training.done():
+                raise AssertionError(f"the training ended at step {self._step} with {self._size} workers: {training.exception()}")
+            time.sleep(0.02)

@@ -6,7 +6,6 @@ import pytest
 
 from cluster import elastic
 from cluster.config import ClusterConfig
-from cluster.training import run_workers
 from distillation import fit
 from distillation.config import DenseLogits, TargetsConfig, TrainingConfig
 from distillation.loop import LocalSession
@@ -15,7 +14,8 @@ from tests.tiny import rows_of, settings, world
 
 # Ray Data warns of its own old settings whenever it makes its context, also with the defaults.
 pytestmark = [pytest.mark.nodes, pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]
-BATCH, EPOCHS = 140, 3
+BATCH, EPOCHS, EVERY, LOST = 140, 6, 10, 17
+"""Nodes vanish 7 steps after a checkpoint."""
 
 
 @pytest.fixture(autouse=True)
@@ -31,29 +31,36 @@ def storage(tmp_path):
 
 
 def plan(**changes):
-    values = {"epochs": EPOCHS, "batch_tokens": BATCH, "learning_rate": 3e-4, "log_every": 1, "checkpoint_every": 5, "precision": "fp32"}
+    values = {
+        "epochs": EPOCHS,
+        "batch_tokens": BATCH,
+        "learning_rate": 3e-4,
+        "log_every": 1,
+        "checkpoint_every": EVERY,
+        "precision": "fp32",
+    }
     return TrainingConfig(**{**values, **changes})
 
 
 @pytest.mark.slow
-def test_four_workers_become_two_one_and_three(storage, tmp_path):
+def test_four_workers_become_two_three_and_one(storage, tmp_path):
     alone = LocalSession()
     fit.train(settings(storage, "alone", training=plan()), alone, {})
-    notes, points = tmp_path / "notes", []
+    notes = tmp_path / "notes"
     notes.mkdir()
-    payload = {"fit": settings(storage, "s", training=plan()).model_dump(mode="json"), "key": "k", "notes": str(notes), "seconds": 0.05}
+    payload = {"fit": settings(storage, "s", training=plan()).model_dump(mode="json"), "key": "k", "notes": str(notes)}
     with growing.nodes(4) as nodes:
-        events = growing.Events((7, lambda: nodes.kill(2)), (12, nodes.notify), (17, lambda: nodes.add(2)))
-
-        def record(key, metrics, step):
-            points.append((step, metrics))
-            events.record(key, metrics, step)
-
-        events.start()
+        events = growing.Events(notes, (LOST, lambda: nodes.kill(2), 2), (25, nodes.add, 3), (40, lambda: nodes.notify(2), 1))
         cluster = ClusterConfig(storage=storage.uri, workers={"min": 1, "max": 4}, cpus_per_worker=1, address="auto")
-        result = run_workers(growing.noting_worker, payload, cluster, "student", record)
-    assert events.failed is None
+        result = events.undergo(payload, cluster)
     found = growing.read_notes(notes)
     steps = growing.every_row_once(found, rows_of(storage), BATCH, EPOCHS)
-    print(found.sizes, found.wasted(), steps, [p for p in points if "cluster/workers" in p[1]])
     assert result["steps"] == steps
+    assert found.sizes == [4, 2, 3, 1]
+    expected, curve = growing.losses(alone.history), growing.losses(events.points)
+    assert list(curve) == list(range(1, steps + 1))
+    assert curve == pytest.approx(expected, abs=1e-6, rel=0)
+    # Two nodes without power cost what was done since the last checkpoint; one that is announced, and one that comes, cost nothing.
+    last = [metrics for _, metrics in events.points if "cluster/workers" in metrics][-1]
+    assert last["cluster/restarts"] == 3
+    assert 0 < last["cluster/wasted_steps"] == found.wasted() <= 2 * EVERY

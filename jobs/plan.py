@@ -187,11 +187,18 @@ class Plan:
     ) -> FitConfig:  # fmt: skip
         features, corpus = self.job.targets(self.lead).features, reading.stage if reading else self.corpus
         return FitConfig(
-            name=name, task=self.job.task, labels=self.labels(), student=student, losses=dict(losses), training=training,
+            name=name, task=self.job.task, labels=self.labels(), student=_found_from_anywhere(student), losses=dict(losses), training=training,
             storage=self.job.cluster.storage, corpus=corpus.folder, output=stage.folder, fingerprint=stage.fingerprint,
             features_at=features.at if features else "scored", lead=self.lead,
             widths={name: models.width_of(config) or 0 for name, config in self.configs.items()}, **more,
         )  # fmt: skip
+
+
+def _found_from_anywhere(student: Any) -> Any:
+    """A student whose folder has its whole path: a worker may stand elsewhere than the job file does."""
+    if isinstance(student, PretrainedStudent) and (folder := Path(student.model).expanduser()).is_dir():
+        return student.model_copy(update={"model": str(folder.resolve())})
+    return student
 
 
 def make_plan(job: JobConfig) -> Plan:

@@ -54,7 +54,7 @@ def _selectors(labels: dict[str, str]) -> dict[str, str]:
             raise ValueError(f"{label!r} is no name of a label")
         if not SELECTOR.fullmatch(wanted):
             raise ValueError(f"{label} must be a value, !value, in(a, b) or !in(a, b), got {wanted!r}")
-    return labels
+    return {label: wanted.replace(" ", "") for label, wanted in labels.items()}  # Ray takes a space for a part of the value after it
 
 
 Labels = Annotated[dict[str, str], AfterValidator(_selectors)]

@@ -22,6 +22,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 from ray.data import DataContext, Dataset
+from ray.data.context import ShuffleStrategy
 from ray.exceptions import RayError
 
 from cluster import sources
@@ -152,6 +153,8 @@ def _settings(labels: Mapping[str, str] | None = None) -> Iterator[None]:
         "raise_original_map_exception": True,
         "shuffle_input_batch_bytes": 4 * BLOCK_BYTES,
         "target_max_block_size": BLOCK_BYTES,
+        # The newer one heeds no labels in Ray 2.60.
+        "shuffle_strategy": ShuffleStrategy.SORT_SHUFFLE_PULL_BASED if labels else context.shuffle_strategy,
     }
     before, options, level = {name: getattr(context, name) for name in wanted}, context.execution_options, logger.level
     for name, value in wanted.items():

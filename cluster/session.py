@@ -94,7 +94,7 @@ def nodes_with(labels: Mapping[str, str]) -> list[dict[str, float]]:
 
     def has(node: Mapping[str, Any], label: str, wanted: str) -> bool:
         plain = wanted.removeprefix("!")
-        values = plain[3:-1].replace(" ", "").split(",") if plain.startswith("in(") else [plain]
+        values = plain[3:-1].split(",") if plain.startswith("in(") else [plain]
         return (node.get("Labels", {}).get(label) in values) != wanted.startswith("!")
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and all(has(node, *pair) for pair in labels.items())]

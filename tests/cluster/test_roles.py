@@ -58,6 +58,11 @@ def nodes(place):
             yield found
 
 
+def cpus(resources):
+    """Also of a place in a placement group, which are named after it."""
+    return max((amount for name, amount in resources.items() if name.partition("_group_")[0] == "CPU"), default=0)
+
+
 class Seen:
     """Where tasks and actors that hold CPUs ran, by the pool of the node."""
 
@@ -71,9 +76,7 @@ class Seen:
         found = [(one.task_id, one.name, one) for one in list_tasks(limit=5000, detail=True) if one.type == "NORMAL_TASK"]
         found += [(one.actor_id, one.class_name, one) for one in list_actors(limit=5000, detail=True)]
         new = [
-            (name, pools[one.node_id], one.required_resources.get("CPU", 0))
-            for key, name, one in found
-            if key not in self.known and one.node_id
+            (name, pools[one.node_id], cpus(one.required_resources)) for key, name, one in found if key not in self.known and one.node_id
         ]
         self.known |= {key for key, *_ in found}
         return {one for one in new if one[2]}

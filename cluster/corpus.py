@@ -110,7 +110,7 @@ def prepare(
         tallies, sums = _count(rows, task)
         facts = _facts(tallies, sums)
         labels = _labels(tallies, facts, task)
-        progress(f"corpus: {facts['rows_read']} rows read, {sum(sums['length'].values())} tokens, {len(labels)} labels")
+        progress(f"corpus: {facts['rows_read']:,} rows read, {sum(sums['length'].values()):,} tokens, {len(labels)} labels")
         each = rows_of_a_part(corpus.part_rows, sum(facts[name][split] for name in ("labelled", "unlabelled") for split in SPLITS), task)
         parts = {split: _write_split(rows, split, labels, each, storage, folder, task, schema) for split in SPLITS}
     for split, records in parts.items():
@@ -125,7 +125,7 @@ def prepare(
         facts["reads"] = made_from["reads"]
     splits = {split: tuple(records) for split, records in parts.items()}
     manifest = Manifest(kind="corpus", fingerprint=fingerprint, made_from=dict(made_from), splits=splits, facts=facts)
-    progress("corpus: " + ", ".join(f"{split} {manifest.rows(split)} rows in {len(splits[split])} parts" for split in SPLITS))
+    progress("corpus: " + ", ".join(f"{split} {manifest.rows(split):,} rows in {len(splits[split])} parts" for split in SPLITS))
     return commit(storage, folder, manifest)
 
 

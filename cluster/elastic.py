@@ -74,7 +74,9 @@ def wait_for_room(group: Group, resources: Mapping[str, float]) -> int:
         while (count := places.held()) < group.least:
             if since is not None and time.monotonic() - since > TELL_SECONDS:
                 since = None
-                _log.warning("cluster.%s: waiting for nodes for %d workers with %s each", group.role, group.least, _shown(group, resources))
+                _log.warning(
+                    "cluster.%s: waiting for nodes for %d workers, each with %s", group.role, group.least, _shown(group, resources)
+                )
             time.sleep(0.1)
         for _ in range(group.most - group.least):
             places.ask(1)

@@ -56,6 +56,7 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         options |= {"address": "local", "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
     else:
         options |= {"address": config.address}
+    ray._private.worker.print_to_stdstream = _briefly
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
@@ -70,6 +71,14 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+_say = ray._private.worker.print_to_stdstream
+
+
+def _briefly(data: dict[str, Any], **options: Any) -> None:
+    """Of what Ray says of a lost node the first line: with it come 20 lines of that node's log."""
+    _say({**data, "lines": [line.partition("\n")[0] for line in data["lines"]]}, **options)
 
 
 def cpus_per_worker(config: ClusterConfig, role: Role) -> int:

@@ -93,7 +93,8 @@ def _teach_worker(payload: dict[str, Any]) -> int:
         teacher = make_teacher(models.load(folder, task), task, targets).to(session.device)
     reads = reader(task, folder, manifest.facts["labels"])
     bf16 = models.use_bf16(payload["precision"], session.device)
-    before, answered, computed = sum(part.rows for part in parts) - sum(part.rows for part in open_parts), 0, 0
+    total, answered, computed = sum(part.rows for part in parts), 0, 0
+    before = total - sum(part.rows for part in open_parts)
     session.begin(before)
     for part in mine:
         if mesh is None and session.asked():  # shards of one model have to end together
@@ -104,7 +105,7 @@ def _teach_worker(payload: dict[str, Any]) -> int:
         answered += part.rows
         if mesh is not None:
             computed += len(sorted_batches(rows.lengths, payload["batch_tokens"]))
-        session.report({"teacher/rows": float(before + answered * session.world_size), **told}, before + answered)
+        session.report({"teacher/rows": float(min(total, before + answered * session.world_size)), **told}, before + answered)
     if computed < rounds:
         first = Rows(Columns(store.intact(storage, payload["corpus"], open_parts[:1])), {}, reads)
         keep_company(teacher, first, rounds - computed, bf16, session.device)

@@ -115,6 +115,9 @@ def status(
         found = [{"name": one.request.name, "verb": one.request.verb, **row} for one, row in zip(attempts, rows, strict=True)]
         typer.echo(json.dumps(found, indent=1))
         return
+    if not attempts:
+        typer.echo(f"no jobs at {cluster.address} yet: distill submit my_job.yaml")
+        return
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

@@ -208,7 +208,7 @@ def test_plan_and_doctor_of_the_cluster(client, job):
     code, out, err = client("doctor", job, "--address", client.nodes.address)
     assert code == 0, out + err
     assert re.search(r"^ok +nodes +2 with 2 CPUs, 0 GPUs", out, re.M)
-    assert re.search(r"^ok +this machine +code \w{12}$", out, re.M)
+    assert re.search(r"^ok +this machine +code \w{12} *$", out, re.M)
     assert re.search(r"^ok +storage .*every node reads what the head writes", out, re.M)
     assert re.search(r"^ok +versions +python \S+, ray 2\.60\.\d+, torch .* on every node", out, re.M)
 

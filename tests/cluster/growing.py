@@ -56,7 +56,7 @@ class Nodes:
     def add(self, count: int = 1, **changes: Any) -> list[Any]:
         values = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_log_monitor": False, **changes}
         self.nodes += (added := [self.cluster.add_node(wait=False, **values) for _ in range(count)])
-        self.cluster.wait_for_nodes(timeout=120)
+        self.cluster.wait_for_nodes(timeout=300)
         return added
 
     def kill(self, count: int = 1) -> None:

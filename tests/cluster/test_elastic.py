@@ -13,7 +13,7 @@ from tests.cluster import growing
 from tests.tiny import rows_of, settings, world
 
 # Ray Data warns of its own old settings whenever it makes its context, also with the defaults.
-pytestmark = [pytest.mark.nodes, pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]
+pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]
 BATCH, EPOCHS, EVERY, LOST = 140, 6, 10, 17
 """Nodes vanish 7 steps after a checkpoint."""
 

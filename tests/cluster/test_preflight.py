@@ -20,7 +20,7 @@ from distillation.errors import ClusterError, StorageError
 from tests.distillation.served import s3_server
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.nodes, pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]
+pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]
 
 
 @pytest.fixture(scope="module")

@@ -134,7 +134,7 @@ def working(payload):
     return result
 
 
-@pytest.mark.nodes
+@pytest.mark.long
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
 def test_a_node_shows_every_metric_of_the_dashboard(tmp_path, monkeypatch, free_port):

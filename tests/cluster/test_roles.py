@@ -22,7 +22,7 @@ from tests.jobs.place import JOB, furnished
 ROOT = Path(__file__).resolve().parents[2]
 # Ray Data warns of its own old settings whenever it makes its context, also with the defaults.
 pytestmark = [
-    pytest.mark.nodes,
+    pytest.mark.long,
     pytest.mark.ray,
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context"),

@@ -32,6 +32,7 @@ from tests import kinds
 from tests.tiny import LABELS, model_folder, texts
 
 pytestmark = [
+    pytest.mark.long,
     pytest.mark.ray,
     pytest.mark.slow,
     # Ray Data warns of its own old settings whenever it makes its context, also with the defaults.

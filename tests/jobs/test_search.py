@@ -441,6 +441,7 @@ def test_a_population_hands_on_weights_and_turns_its_knobs(place, here):
     assert not left & {trial.task.fingerprint for trial in trials}
 
 
+@pytest.mark.long
 def test_trials_of_two_workers_give_what_trials_of_one_give(place, here):
     search = {
         "space": {"losses.soft.weight": {"choice": [0.3, 0.9]}},

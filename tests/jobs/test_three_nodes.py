@@ -10,7 +10,7 @@ from tests.jobs import three
 from tests.jobs.place import furnished
 from tests.servers import Postgres, Server, without_postgres
 
-pytestmark = [pytest.mark.nodes, pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.slow]
 
 TRIALS = 50
 ENDS = 10

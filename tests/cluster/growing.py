@@ -52,12 +52,12 @@ class Nodes:
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes: list[Any] = []
         self.add(count)
+        self.cluster.wait_for_nodes(timeout=300)
 
     def add(self, count: int = 1, **changes: Any) -> list[Any]:
         values = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_log_monitor": False, **changes}
         self.nodes += (added := [self.cluster.add_node(wait=False, **values) for _ in range(count)])
-        self.cluster.wait_for_nodes(timeout=300)
-        return added
+        return added  # on their way: whoever waited for all there were would wait for those that were taken back, too
 
     def kill(self, count: int = 1) -> None:
         """As when a machine loses its power."""

@@ -55,6 +55,7 @@ def nodes(place):
         with growing.nodes(0, include_dashboard=True) as found:
             for pool, cpus in {"teacher": 2, "student": 2, "data": 1}.items():
                 found.add(labels={"pool": pool}, num_cpus=cpus)
+            found.cluster.wait_for_nodes(timeout=300)
             yield found
 
 

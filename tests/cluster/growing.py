@@ -54,10 +54,10 @@ class Nodes:
         self.add(count)
         self.cluster.wait_for_nodes(timeout=300)
 
-    def add(self, count: int = 1, **changes: Any) -> list[Any]:
+    def add(self, count: int = 1, **changes: Any) -> None:
+        """They are on their way: whoever waited for all there were would wait for those that were taken back, too."""
         values = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_log_monitor": False, **changes}
-        self.nodes += (added := [self.cluster.add_node(wait=False, **values) for _ in range(count)])
-        return added  # on their way: whoever waited for all there were would wait for those that were taken back, too
+        self.nodes += [self.cluster.add_node(wait=False, **values) for _ in range(count)]
 
     def kill(self, count: int = 1) -> None:
         """As when a machine loses its power."""

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from cluster.config import ClusterConfig
 from cluster.journal import Journal
-from cluster.session import unwrap
+from cluster.session import _briefly, unwrap
 from cluster.training import TrainSession, run_workers, train
 from distillation import fit, store
 from distillation.batches import plan_epoch
@@ -218,3 +218,10 @@ def test_too_many_workers_are_refused_at_once(storage):
 def test_nothing_is_left_in_the_home_folder(storage, home, alone):
     assert [str(path.relative_to(home)) for path in home.rglob("*") if path.is_file()] == []
     assert storage.list(".ray") == []
+
+
+def test_of_a_lost_node_one_line_is_shown(capsys):
+    _briefly({"lines": ["Raylet is terminated\n[state-dump] 1\n[state-dump] 2"], "pid": "raylet", "is_err": False}, ignore_prefix=True)
+    out = capsys.readouterr().out
+    assert "Raylet is terminated" in out
+    assert "state-dump" not in out

@@ -392,7 +392,7 @@ def test_labels_can_be_learned_in_other_tokens(place, here):
     assert reading.tokenizer.name == "foreign-bert"
     for term in ("hard", "soft"):
         values = curve(plan, "student", f"train/loss/{term}")
-        assert values[-1] < values[0], values
+        assert sum(values[-6:]) / 6 < 0.8 * values[0], values
 
 
 def test_verify_holds_the_store_against_the_teacher(place, first, tmp_path):

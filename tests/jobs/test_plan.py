@@ -15,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.corpus import prepare
+from distillation.config import PretrainedStudent
 from distillation.errors import ConfigError, InputError, SecurityError
 from jobs import counting, estimate
 from jobs.config import load, parse
-from jobs.plan import make_plan
+from jobs.plan import _found_from_anywhere, make_plan
 from tests.tiny import model_folder, texts
 
 # Ray Data warns of its own old settings whenever it makes its context, also with the defaults.
@@ -438,3 +439,10 @@ def test_each_teacher_has_stages_of_its_own_and_a_live_one_no_store(world):
     assert live.runs[0].stage != plan.runs[0].stage
     assert live.runs[1].stage == plan.runs[1].stage  # the baseline asks nobody
     assert [line.stage for line in estimate.lines(plan)] == ["corpus", "targets of one", "targets of two", "student", "student-baseline"]
+
+
+def test_a_student_in_a_folder_is_found_from_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    told = [_found_from_anywhere(PretrainedStudent(type="pretrained", model=name)).model for name in ("mine", "a/b", "s3://bucket/mine")]
+    assert told == [str(tmp_path / "mine"), "a/b", "s3://bucket/mine"]

@@ -121,6 +121,7 @@ def test_a_failing_job_by_hand_and_by_us_is_the_same_and_carries_its_exit_code(c
     command = printed(out, "stands for")
     assert "wrong-run" in command
     assert client("status", "--json") == (0, "[]\n", ""), "nothing was handed in"
+    assert client("status")[1].startswith(f"no jobs at {client.nodes.address} yet")
     environment = {name: value for name, value in client.environment().items() if name not in ("PYTHONPATH", "RAY_AUTH_MODE")}
     subprocess.run(command, shell=True, check=True, env=environment, capture_output=True, cwd="/")
     code, out, _ = client("logs", "wrong", "-f")

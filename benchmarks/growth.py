@@ -1,10 +1,10 @@
 """What grows when rows and nodes grow: the scheduler and the store without any compute.
 
-python -m benchmarks.growth [quick]
+python -m benchmarks.growth
 
 Manifests are made up for 10^6 to 10^10 rows in parts of the size that corpus preparation would choose; what a driver, a worker and a
-trial do with them is what the app does. A store of 1,000 nodes is one in memory that counts requests. What is said of more rows than can be
-held here (plans beyond 10^8) is a straight line through what was measured, and marked ~.
+trial do with them is what the app does. A store of 1,000 nodes is one in memory that counts requests. What is marked ~ is a straight line
+through what was measured.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,7 +76,7 @@ def old_manifest(rows: int) -> str:
     return f"{mark}{len(text) * factor / 1e6:.1f} MB | {mark}{(time.perf_counter() - started) * factor:.2f} s"
 
 
-def fresh(what: str, *arguments: str) -> dict[str, float]:
+def fresh(what: str, *arguments: str) -> dict[str, Any]:
     """Run a function of this file in a process of its own; what it printed, and the memory that it added."""
     done = subprocess.run([sys.executable, "-m", "benchmarks.growth", what, *arguments], capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout))
@@ -118,33 +119,80 @@ def nodes() -> None:
         print(f"| {count:,} | {rows:.0e} | {min(shares):,} to {max(shares):,} of {parts:,} | {before:,} |")
 
 
-def plans(most: int) -> None:
-    """Memory and time of a worker for the plan of an epoch and the columns that it looks at: the first that does not fit."""
-    print("\n| rows | plan of an epoch | memory of a worker for columns and plan | a row |\n|---|---|---|---|")
-    for rows in (n for n in ROWS if n <= most):
-        found = fresh("planned", str(rows))
+def trainings() -> None:
+    """What a training worker holds, plans and reads in an epoch, with 10^7 rows for each node; and if all rows were planned together."""
+    print(
+        "\n| rows, nodes | parts: all, at once, in the first epoch, in three | plan of a window | memory of a worker | all planned together |"
+        "\n|---|---|---|---|---|"
+    )
+    for rows in ROWS:
+        count = max(1, rows // 10**7)
+        found, before = fresh("planned", str(rows), str(count)), fresh("planned", str(rows), str(count), "whole") if rows <= 10**7 else None
+        each = before["mb"] / rows if before else each  # noqa: F821 - of the row before
+        told = f"{before['seconds']:.1f} s, {before['mb']:,.0f} MB" if before else f"~{each * rows:,.0f} MB"
         print(
-            f"| 10^{len(str(rows)) - 1} | {found['seconds']:.1f} s | {found['mb'] / 1e3:.2f} GB | {found['mb'] * 1e6 / rows:.0f} bytes |",
+            f"| 10^{len(str(rows)) - 1}, {count:,} | {', '.join(f'{n:,.0f}' for n in found['parts'])} | {found['seconds']:.2f} s | "
+            f"{found['mb']:,.0f} MB | {told} |",
             flush=True,
         )
-    for rows in (n for n in ROWS if n > most):
-        print(f"| 10^{len(str(rows)) - 1} | ~{found['seconds'] * rows / most:,.0f} s | ~{found['mb'] / 1e3 * rows / most:,.0f} GB | |")
 
 
-def planned(rows: str) -> None:
+class Rows:
+    """As many made-up rows as some parts have, with the columns that `distillation.rows.Rows` holds of each."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        generator, count = np.random.default_rng(0), sum(sizes)
+        self.offsets, self.lengths = np.cumsum([0, *sizes]), np.empty(count, np.int32)
+        for start in range(0, count, 10**6):  # in pieces: what making them up takes is not to be counted
+            self.lengths[start : start + 10**6] = np.clip(np.exp(generator.normal(2.75, 0.75, min(10**6, count - start))), 6, 128)
+        self.others = [np.ones(count, np.int32) for _ in range(3)]  # scored, labelled, label
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+class Split:
+    """What a schedule is told of a split, and what it opens."""
+
+    def __init__(self, rows: int) -> None:
+        self.parts = made(rows).splits["train"]
+        self.most = 0
+
+    def open(self, parts: list[int] | None = None) -> Rows:
+        chosen = self.parts if parts is None else [self.parts[part] for part in parts]
+        self.most = max(self.most, len(chosen))
+        return Rows([part.rows for part in chosen])
+
+    @property
+    def whole(self) -> Rows:
+        return self.open()
+
+
+def planned(rows: str, nodes: str, how: str = "") -> None:
+    """Plan the first window of a worker, and open the next, as it does in its first steps."""
+    from distillation import windows
+    from distillation.checkpoints import Position
     from distillation.config import TrainingConfig
-    from distillation.loop import schedule
+    from distillation.parts import numbers
+    from distillation.schedule import schedule
 
-    before, generator = peak(), np.random.default_rng(0)
-    lengths = np.empty(int(rows), np.int32)
-    for start in range(0, int(rows), 10**6):  # in pieces: what making them up takes is not to be counted
-        lengths[start : start + 10**6] = np.clip(np.exp(generator.normal(2.75, 0.75, min(10**6, int(rows) - start))), 6, 128)
-    others = [np.ones(int(rows), np.int32) for _ in range(3)]  # scored, labelled and label, as `Rows` holds them
-    made_up, started = peak(), time.perf_counter()
-    plan = schedule(lengths, others[0], {}, TrainingConfig(epochs=1, batch_tokens=4096))
+    if how == "whole":
+        windows.PARTS = 10**9
+    split, world_size = Split(int(rows)), int(nodes)
+    training = TrainingConfig(epochs=1, batch_tokens=4096 * world_size)
+    before, started = peak(), time.perf_counter()
+    plan = schedule(split, training, labelled=False, rank=world_size // 2, world_size=world_size)  # type: ignore[arg-type]
+    plan.batch(Position(0, 0, 0))
     seconds = time.perf_counter() - started
-    assert plan.seen(plan.total)["train/rows"] == int(rows)
-    print(json.dumps({"seconds": seconds, "mb": max(peak(), made_up) - before}))
+    if thread := getattr(plan, "_thread", None):
+        thread.shutdown()
+    read: list[set[int]] = []
+    tokens = numbers(split.parts, "tokens")
+    for epoch in range(3):
+        dealt = windows.deal(len(split.parts), 0, epoch)
+        read.append({each.part for its in dealt for each in windows.held(its, tokens[its], world_size // 2, world_size)})
+    parts = [len(split.parts), split.most, len(read[0]), len(read[0] | read[1] | read[2])]
+    print(json.dumps({"seconds": seconds, "mb": peak() - before, "parts": parts}))
 
 
 def span(seconds: float) -> str:
@@ -156,7 +204,7 @@ def main() -> None:
     manifests()
     driver()
     nodes()
-    plans(10**7 if sys.argv[1:2] == ["quick"] else 10**8)
+    trainings()
 
 
 if __name__ == "__main__":

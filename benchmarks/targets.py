@@ -54,8 +54,8 @@ def main(epochs: int = TRAINING.epochs or 0) -> None:
 
 
 def table(storage: Storage, source: Path) -> None:
-    _, paths = store.open_artifact(storage, "corpora/c", "corpus", "validation")
-    (path,) = paths.values()
+    _, paths = store.open_artifact(storage, "corpora/c", "corpus")
+    (path,) = (path for name, path in paths.items() if "validation" in name)
     task = fit.reader(prose.TASK, source, ())
     torch.manual_seed(0)
     model = build_student(LayersStudent(type="layers", count=2), source, prose.TASK, (), dropout=0.0, seed=0)

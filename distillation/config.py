@@ -219,7 +219,7 @@ class TrainingConfig(Config):
     steps: int | None = Field(None, ge=1)
     """Optimizer steps."""
     batch_tokens: int = Field(4096, ge=16)
-    """Padded tokens of a global batch: one optimizer step over all workers."""
+    """Padded tokens of a global batch: one optimizer step over all workers. Of a split of more than 512 parts its tokens without padding."""
     microbatch_tokens: int = Field(16384, ge=16)
     """Padded tokens of one forward pass on one worker; a larger share of a global batch is accumulated."""
     learning_rate: float = Field(2e-4, gt=0)

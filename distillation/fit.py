@@ -37,7 +37,8 @@ from distillation.errors import ConfigError, InputError
 from distillation.loop import Fit, Session
 from distillation.losses import projected, student_layers
 from distillation.network import Network, observe, order_head, output_head
-from distillation.rows import Rows, open_rows
+from distillation.parts import numbers
+from distillation.rows import Split, open_rows
 from distillation.signals import rows_answered
 from distillation.storage import Storage
 from distillation.students import Probe, build_student
@@ -50,7 +51,7 @@ def train(config: FitConfig, session: Session, made_from: Mapping[str, Any]) -> 
 
     A run that is finished is found and not repeated, its curve is reported again; one that was stopped goes on from its newest checkpoint. Without
     `config.keep_model` a model is neither looked for nor committed, and the checkpoints stay: who records the numbers calls
-    `discard_checkpoints` then. Raises what `open_rows`, `build_student` and the loop raise.
+    `discard_checkpoints` then. Raises what `Split`, `build_student` and the loop raise.
     """
     models.quiet()
     storage, answered = Storage(config.storage), rows_answered()
@@ -68,8 +69,8 @@ def train(config: FitConfig, session: Session, made_from: Mapping[str, Any]) -> 
     start = model_folder(storage, config.start) if config.start is not None else None
     kept = _kept(config, storage, teacher, start)
     table = table_of(kept, source) if kept is not None else None
-    rows, validation = (open_rows(storage, config.corpus, config.targets, split, task, table) for split in ("train", "validation"))
-    _require_answers(config, rows)
+    split, validation = (Split(storage, config.corpus, config.targets, name, task, table) for name in ("train", "validation"))
+    _require_answers(config, split)
     plain = "eager" if any(isinstance(loss, AttentionKL) for loss in config.losses.values()) else None  # others keep no attention
 
     def whole() -> nn.Module:
@@ -81,7 +82,7 @@ def train(config: FitConfig, session: Session, made_from: Mapping[str, Any]) -> 
     module = whole() if session.mesh is None else _part(config, teacher, session, checkpoints, whole, plain)
     module.train()
     result = Fit(
-        module, rows, validation, config.losses, training, session, checkpoints, config.rungs, config.save_rungs,
+        module, split, validation, config.losses, training, session, checkpoints, config.rungs, config.save_rungs,
         _live_teachers(config, storage, session), config.features_at, config.lead,
     ).run()  # fmt: skip
     result["teacher_rows"] = rows_answered() - answered
@@ -129,21 +130,22 @@ def _part(
     return sharding.split(network, session.mesh, session.device, training=True)
 
 
-def _require_answers(config: FitConfig, rows: Rows) -> None:
+def _require_answers(config: FitConfig, split: Split) -> None:
     """Raise InputError where a term of the loss asks for inner states that the store of its teacher lacks."""
     for name, loss in config.losses.items():
         named = next(iter([*config.targets, *config.live]), "") if loss.teacher is None else loss.teacher
         for teacher in [named] if isinstance(named, str) else named:
-            if (targets := rows.targets.get(teacher)) is None:
+            if (targets := split.said.get(teacher)) is None:
                 continue
-            layers, features = getattr(loss, "layers", None), targets.config.features
+            layers, features = getattr(loss, "layers", None), targets.features
+            stored = features.layers if features else ()
             wanted = sorted(set(layers.values())) if isinstance(layers, dict) and "hidden" in needs_of(loss) else []
             there = {"pooled": features and features.pooled, "relations": features and features.relations is not None}
             lacking = [need for need in sorted(needs_of(loss) & there.keys()) if not there[need]]
-            if lacking or not set(wanted) <= set(targets.layers):
+            if lacking or not set(wanted) <= set(stored):
                 raise InputError(
                     "DST-3214", "target store lacks what a loss needs", where=f"{config.targets[teacher]}, losses.{name}",
-                    expected=", ".join(lacking) or str(wanted), found=str(list(targets.layers)),
+                    expected=", ".join(lacking) or str(wanted), found=str(list(stored)),
                     do="Add it to teacher.targets.features and run `distill teach` again",
                 )  # fmt: skip
 
@@ -291,7 +293,8 @@ def _sample(storage: Storage, config: FitConfig, folder: Path | None, count: int
     """Inputs of some training rows, each row in a sequence of its own: the first by id, which is as good as at random."""
     assert folder is not None, "what is cut is a teacher"
     task = config.task.model_copy(update={"pack": False}) if isinstance(config.task, CausalLM) else config.task
-    rows = open_rows(storage, config.corpus, {}, "train", reader(task, folder, config.labels))
+    split = Split(storage, config.corpus, {}, "train", reader(task, folder, config.labels))
+    rows = split.open(range(1 + np.searchsorted(numbers(split.parts, "rows").cumsum()[:-1], count)))
     some = np.arange(min(count, len(rows)))
     for piece in cut(some[np.argsort(rows.lengths[some], kind="stable")], np.sort(rows.lengths[some]), config.training.microbatch_tokens):
         yield dict(rows.batch(piece).inputs)

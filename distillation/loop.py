@@ -7,12 +7,11 @@ had not been, and the position is the whole state besides weights and optimizer.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,16 +19,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
+from distillation import windows
 from distillation.augment import augment
 from distillation.balance import balanced, due, measured, to_measure
-from distillation.batches import EpochPlan, cut, plan_epoch, share, sorted_batches
+from distillation.batches import cut, share, sorted_batches
 from distillation.checkpoints import Checkpoints, Position
-from distillation.config import ONLY, LossConfig, Mixup, TrainingConfig, only_labels
+from distillation.config import ONLY, LossConfig, TrainingConfig, only_labels
 from distillation.curves import Curve
-from distillation.errors import DivergedError, InputError
-from distillation.losses import at, gradient_squares, group_of, unit_of, weigh
+from distillation.errors import DivergedError
+from distillation.losses import at, gradient_squares, unit_of, weigh
 from distillation.models import use_bf16
-from distillation.rows import Rows
+from distillation.rows import Rows, Split
+from distillation.schedule import GlobalBatch, schedule, together_of
 from distillation.sharding import gathered, release
 from distillation.signals import Batch, Outputs, TeacherSignal
 
@@ -104,68 +105,19 @@ def make_optimizer(module: nn.Module, training: TrainingConfig) -> torch.optim.A
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=training.learning_rate, fused=True)
 
 
-class Schedule:
-    """Which rows belong to which step, over all epochs; holds the plan of the epoch it was last asked for.
+class Work(NamedTuple):
+    """What a rank does of a step."""
 
-    Raises InputError where no row is used.
-    """
-
-    def __init__(self, lengths: np.ndarray, used: np.ndarray, training: TrainingConfig) -> None:
-        if len(used) == 0:
-            raise InputError("DST-3302", "no rows to train on", expected="rows that a loss can score", found="none")
-        self._lengths, self._used, self._training = lengths, used, training
-        self._plan = (-1, EpochPlan(used, np.zeros(1, np.int64)))
-        seen, steps = [np.zeros((1, 2), np.int64)], 0
-        for epoch in itertools.count() if training.steps else range(training.epochs or 0):
-            plan = self._of(epoch)
-            tokens = np.cumsum(np.add.reduceat(lengths[plan.rows], plan.bounds[:-1], dtype=np.int64))
-            seen.append(seen[-1][-1] + np.stack([plan.bounds[1:], tokens], axis=1))
-            steps += plan.steps
-            if training.steps and steps >= training.steps:
-                break
-        self._seen = np.concatenate(seen)[: training.steps + 1 if training.steps else None]
-        self.total = len(self._seen) - 1
-
-    def seen(self, step: int) -> dict[str, float]:
-        """Rows and their tokens, without padding, in the first `step` steps of the run, over all epochs and ranks."""
-        rows, tokens = self._seen[step].tolist()
-        return {"train/rows": rows, "train/tokens": tokens}
-
-    def step_of(self, rows: int) -> int:
-        """Steps after which at least so many rows were seen; one more than there are where that is never."""
-        return int(np.searchsorted(self._seen[:, 0], rows))
-
-    def locate(self, position: Position) -> Position:
-        """The position, moved to the start of the next epoch if its own is done."""
-        done = position.step_in_epoch >= self._of(position.epoch).steps
-        return Position(position.step, position.epoch + 1, 0) if done else position
-
-    def batch(self, position: Position) -> np.ndarray:
-        return self._of(position.epoch).batch(position.step_in_epoch)
-
-    def _of(self, epoch: int) -> EpochPlan:
-        if self._plan[0] != epoch:
-            self._plan = epoch, plan_epoch(self._lengths, self._used, self._training.batch_tokens, self._training.seed, epoch)
-        return self._plan[1]
-
-
-def schedule(lengths: np.ndarray, labelled: np.ndarray, losses: Mapping[str, LossConfig], training: TrainingConfig) -> Schedule:
-    """Of a training with these losses: where all of them need labels, of the labelled rows alone.
-
-    lengths: tokens of every row, [all rows]. labelled: numbers of the rows that have a label.
-    """
-    return Schedule(lengths, labelled if only_labels(losses) else np.arange(len(lengths), dtype=np.int32), training)
-
-
-def steps_for(
-    lengths: np.ndarray, labelled: np.ndarray, losses: Mapping[str, LossConfig], training: TrainingConfig, share: float
-) -> tuple[int, int]:
-    """The first step after which `share` (above 0, at most 1) of the rows of the whole training were seen, and how many these are."""
-    assert 0 < share <= 1, share
-    plan = schedule(lengths, labelled, losses, training)
-    wanted = max(1, math.ceil(share * plan.seen(plan.total)["train/rows"] - 1e-6))  # 0.28 * 50 is a little above 14
-    step = plan.step_of(wanted)
-    return step, int(plan.seen(step)["train/rows"])
+    rows: Rows
+    pieces: list[np.ndarray]
+    """Its microbatches; there is one at least."""
+    mine: int
+    """How many of them count."""
+    counts: dict[str, int]
+    """What each term scores in the global batch, over all ranks, as the next two."""
+    size: int
+    """Rows."""
+    tokens: int
 
 
 @dataclass
@@ -173,8 +125,8 @@ class Fit:
     """One training run in one process."""
 
     module: nn.Module
-    rows: Rows
-    validation: Rows | None
+    split: Split
+    validation: Split | None
     losses: Mapping[str, LossConfig]
     training: TrainingConfig
     session: Session
@@ -202,8 +154,16 @@ class Fit:
                 self.checkpoints.wait()
 
     def _train(self) -> dict[str, float]:
-        training, session = self.training, self.session
-        plan = schedule(self.rows.lengths, self.rows.labelled, self.losses, training)
+        training, session, self._task = self.training, self.session, self.split.task
+        self._together = together_of(self.losses, training)
+        plan = schedule(
+            self.split, training, labelled=only_labels(self.losses), together=self._together, rank=session.rank, world_size=session.world_size
+        )  # fmt: skip
+        if self.validation is not None:
+            # Of many parts each rank scores its own.
+            parts, (rank, size) = self.validation.parts, (session.rank, session.world_size)
+            self._scored_alone = len(parts) > windows.PARTS
+            self._scored = self.validation.open(range(rank, len(parts), size)) if self._scored_alone else self.validation.whole
         rungs = {plan.step_of(rows) for rows in self.rungs}
         if session.mesh is None:  # a part is there already
             self.module.to(session.device)
@@ -233,16 +193,16 @@ class Fit:
             # A point at every checkpoint too: what is added up between two points is not part of one.
             reporting = step % training.log_every == 0 or last or saving or rung
             now = self._balanced(at(self.losses, position.step / plan.total), batch, position.step)
-            sums, squares, counts, norm = self._step(optimizer, batch, position.step, now, rate, reporting)
+            sums, squares, work, norm = self._step(optimizer, batch, position.step, now, rate, reporting)
             position = Position(step, position.epoch, position.step_in_epoch + 1)
-            curve.add(sums, counts, len(batch), int(self.rows.lengths[batch].sum()))
+            curve.add(sums, work.counts, work.size, work.tokens)
             points: list[dict[str, float]] = []
             if reporting:
                 point = curve.take(squares, now)
                 points.append({**point, **plan.seen(step), "train/learning_rate": rate, "train/gradient_norm": norm})
             if self.validation is not None and (last or rung or (training.evaluate_every and step % training.evaluate_every == 0)):
                 paused = time.perf_counter()
-                latest = self.evaluate(self.validation)
+                latest = self.evaluate()
                 self._require_finite(latest, step)
                 points.append({**latest, **plan.seen(step)})
                 curve.pause(time.perf_counter() - paused)
@@ -261,14 +221,13 @@ class Fit:
         return {**latest, "steps": plan.total, "resumed_at": first, "seconds": time.perf_counter() - started}
 
     def _step(
-        self, optimizer: torch.optim.Optimizer, rows: np.ndarray, step: int, losses: Mapping[str, Any], rate: float, reporting: bool
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, int], float]:
+        self, optimizer: torch.optim.Optimizer, rows: GlobalBatch, step: int, losses: Mapping[str, Any], rate: float, reporting: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Work, float]:
         """One optimizer step on a global batch.
 
-        Returns this rank's raw sums and, if it is reported, squared gradients of the terms; the step's counts, and the gradient norm.
+        Returns this rank's raw sums and, if it is reported, squared gradients of the terms; what there was to do, and the gradient norm.
         """
-        training, session = self.training, self.session
-        counts, (pieces, mine) = self._counts(rows, losses), self._pieces(rows)
+        training, session, work = self.training, self.session, self._work(rows, losses)
         torch.manual_seed(hash((training.seed, step, session.rank)) % 2**31)
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -276,20 +235,20 @@ class Fit:
         sums: dict[str, Tensor] = {name: torch.zeros((), device=session.device) for name in self.losses}
         squares = sums
         # A rank without rows still takes part in the exchange of gradients: it computes one row that counts nothing.
-        for number, piece in enumerate(pieces):
-            counted, batch = number < mine, self._batch(piece, step)
+        for number, piece in enumerate(work.pieces):
+            counted, batch = number < work.mine, self._batch(work.rows, piece, step)
             for each in self._norms:  # there is no mean and deviation of one
                 each.train(len(piece) > 1)
-            with self._without_exchange(number < len(pieces) - 1):
+            with self._without_exchange(number < len(work.pieces) - 1):
                 with torch.autocast(session.device.type, torch.bfloat16, enabled=self._bf16):
                     outputs = self._forward(self._wrapped, batch)
-                loss, raw = weigh(losses, outputs, batch, counts)
+                loss, raw = weigh(losses, outputs, batch, work.counts)
                 # Gradients are averaged over ranks; the loss is a sum over them.
                 (loss * (session.world_size if counted else 0)).backward()  # type: ignore[no-untyped-call]
             if counted:
                 sums = {name: sums[name] + raw[name] for name in sums}
             if counted and reporting:
-                squares = {name: squares[name] + value for name, value in gradient_squares(losses, outputs, batch, counts).items()}
+                squares = {name: squares[name] + value for name, value in gradient_squares(losses, outputs, batch, work.counts).items()}
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = float(gathered(total))
@@ -298,52 +257,59 @@ class Fit:
         if norm > training.clip:  # asked first: scaling by 1 would touch every gradient for nothing
             torch.nn.utils.clip_grads_with_norm_(parameters, training.clip, total)
         optimizer.step()
-        return sums, squares, counts, norm
+        return sums, squares, work, norm
 
-    def _counts(self, rows: np.ndarray, losses: Mapping[str, Any]) -> dict[str, int]:
-        """What each term scores in a global batch."""
-        return {name: self.rows.count(rows, unit_of(loss, self.features_at)) for name, loss in losses.items()}
+    def _work(self, batch: GlobalBatch, losses: Mapping[str, Any]) -> Work:
+        rows, session, lengths = batch.rows, self.session, batch.rows.lengths
+        units = [unit_of(loss, self.features_at) for loss in losses.values()]
+        told = [len(batch.numbers), int(lengths[batch.numbers].sum()), *(rows.count(batch.numbers, unit) for unit in units)]
+        # A shard of a model computes as often as the other shards do.
+        ranks = range(session.world_size) if batch.whole and session.mesh is not None else [session.rank]
+        found = {rank: self._pieces(batch, rank) for rank in ranks}
+        mine, rounds = found[session.rank], [len(pieces) for pieces in found.values()]
+        if not batch.whole:
+            each = torch.zeros(session.world_size, dtype=torch.float64)
+            each[session.rank] = len(mine)
+            exact = session.all_reduce(torch.cat([torch.tensor(told, dtype=torch.float64), each]).to(session.device)).tolist()
+            told = [int(value) for value in exact[: len(told)]]
+            rounds = [int(value) for value in exact[len(told) :]] if session.mesh is not None else rounds
+        size, tokens, *counts = told
+        idle = batch.numbers[:1] if batch.whole else np.zeros(1, np.int64)  # any row: it counts nothing
+        pieces = mine + [idle] * (max([1, *rounds]) - len(mine))
+        return Work(rows, pieces, len(mine), dict(zip(losses, counts, strict=True)), size, tokens)
 
-    def _pieces(self, rows: np.ndarray) -> tuple[list[np.ndarray], int]:
-        """This rank's share of a global batch, in microbatches, and how many of these count; there is one at least.
+    def _pieces(self, batch: GlobalBatch, rank: int) -> list[np.ndarray]:
+        """A rank's share of a global batch, in microbatches."""
+        its, lengths = batch.numbers, batch.rows.lengths
+        if batch.whole:
+            its = share(its, lengths[its], rank, self.session.world_size, self._together)
+        return cut(its, lengths[its], self.training.microbatch_tokens, self._together)
 
-        A shard of a model computes as often as the other shards do.
-        """
-        training, session, lengths, group = self.training, self.session, self.rows.lengths, group_of(self.losses)
-        together = group * (2 if isinstance(training.augment, Mixup) and group % 2 else 1)
-        found = {}
-        for rank in [session.rank] if session.mesh is None else range(session.world_size):
-            its = share(rows, lengths[rows], rank, session.world_size, together)
-            found[rank] = cut(its, lengths[its], training.microbatch_tokens, together)
-        mine, rounds = found[session.rank], max(1, *map(len, found.values()))
-        return mine + [rows[:1]] * (rounds - len(mine)), len(mine)
-
-    def _batch(self, piece: np.ndarray, step: int) -> Batch:
-        batch = self.rows.batch(piece).to(self.session.device)
+    def _batch(self, rows: Rows, piece: np.ndarray, step: int) -> Batch:
+        batch = rows.batch(piece).to(self.session.device)
         if self.training.augment is not None:
-            batch = augment(batch, self.training.augment, self.rows.task.mask, self.training.seed, step, self.rows.task.ordinary)
+            batch = augment(batch, self.training.augment, self._task.mask, self.training.seed, step, self._task.ordinary)
         return self._told(batch)
 
-    def _balanced(self, losses: Mapping[str, Any], rows: np.ndarray, step: int) -> Mapping[str, Any]:
+    def _balanced(self, losses: Mapping[str, Any], rows: GlobalBatch, step: int) -> Mapping[str, Any]:
         """The terms of a step, with weights that are measured on its batch where that is due."""
         if names := due(losses, step):
             terms = to_measure(losses, names)
-            counts, found = self._counts(rows, terms), torch.zeros(len(terms), dtype=torch.float64, device=self.session.device)
+            work, found = self._work(rows, terms), torch.zeros(len(terms), dtype=torch.float64, device=self.session.device)
             torch.manual_seed(hash((self.training.seed, step, self.session.rank)) % 2**31)
             for each in self._norms:  # looked at, not learned from
                 each.eval()
-            pieces, mine = self._pieces(rows)
-            for number, piece in enumerate(pieces):
-                batch = self._batch(piece, step)
+            for number, piece in enumerate(work.pieces):
+                batch = self._batch(work.rows, piece, step)
                 with torch.no_grad(), torch.autocast(self.session.device.type, torch.bfloat16, enabled=self._bf16):
                     outputs = self._forward(self.module, batch)
-                if number >= mine:
+                if number >= work.mine:
                     continue
-                squares = gradient_squares(terms, outputs, batch, counts)
+                squares = gradient_squares(terms, outputs, batch, work.counts)
                 found += torch.stack([squares[name].double() for name in terms])
             release(self.module)
             total = dict(zip(terms, self.session.all_reduce(found).tolist(), strict=True))
-            self._factors.update(measured(losses, names, total, counts, self._factors))
+            self._factors.update(measured(losses, names, total, work.counts, self._factors))
         return balanced(losses, self._factors)
 
     def _forward(self, module: nn.Module, batch: Batch) -> Outputs:
@@ -360,8 +326,8 @@ class Fit:
     def _without_exchange(self, on: bool) -> contextlib.AbstractContextManager[None]:
         return self._wrapped.no_sync() if on and isinstance(self._wrapped, DistributedDataParallel) else contextlib.nullcontext()
 
-    def _diverged(self, rows: np.ndarray, step: int, sums: Mapping[str, Tensor]) -> None:
-        ids = self.rows.ids(rows)
+    def _diverged(self, batch: GlobalBatch, step: int, sums: Mapping[str, Tensor]) -> None:
+        ids = batch.rows.ids(batch.numbers)
         terms = ", ".join(f"{name}={float(value):g}" for name, value in sums.items())
         raise DivergedError(
             "DST-4001", "loss or gradient is no longer finite", where=f"step {step + 1}, rows {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}",
@@ -378,23 +344,28 @@ class Fit:
             )  # fmt: skip
 
     @torch.no_grad()
-    def evaluate(self, rows: Rows) -> dict[str, float]:
-        """Means over a split, `validation/NAME`, over all ranks."""
+    def evaluate(self) -> dict[str, float]:
+        """Means over the validation split, `validation/NAME`, over all ranks."""
         self.module.eval()
-        sums = torch.zeros(len(rows.task.names), dtype=torch.float64)
+        session, task, rows = self.session, self._task, self._scored
+        sums = torch.zeros(len(task.names), dtype=torch.float64)
         batches = sorted_batches(rows.lengths, self.training.microbatch_tokens)
-        mine = batches[self.session.rank :: self.session.world_size]
-        rounds = len(mine) if self.session.mesh is None else -(-len(batches) // self.session.world_size)
+        mine = batches if self._scored_alone else batches[session.rank :: session.world_size]
+        rounds = len(mine)
+        if session.mesh is not None:
+            each = torch.zeros(session.world_size, device=session.device)
+            each[session.rank] = rounds
+            rounds = int(session.all_reduce(each).max())
         for number, piece in enumerate(mine + batches[:1] * (rounds - len(mine))):
-            batch = self._told(rows.batch(piece).to(self.session.device))
-            with torch.autocast(self.session.device.type, torch.bfloat16, enabled=self._bf16):
+            batch = self._told(rows.batch(piece).to(session.device))
+            with torch.autocast(session.device.type, torch.bfloat16, enabled=self._bf16):
                 outputs = self._forward(self.module, batch)
             if number >= len(mine):  # computed with the other shards of the model; the rows are another rank's
                 continue
             if self.lead not in batch.signals:  # another teacher's answers say nothing about it
                 batch = replace(batch, signals={})
-            sums += rows.task.statistics(outputs, batch).sum(0)
+            sums += task.statistics(outputs, batch).sum(0)
         release(self.module)
         self.module.train()
-        found = self.session.all_reduce(sums.to(self.session.device)).cpu().numpy()
-        return {f"validation/{name}": value for name, value in rows.task.scores(found).items()}
+        found = session.all_reduce(sums.to(session.device)).cpu().numpy()
+        return {f"validation/{name}": value for name, value in task.scores(found).items()}

@@ -70,6 +70,14 @@ class Parts(Sequence[FileRecord]):
     def sum(self, column: str) -> int:
         return int(pc.sum(self._table[column]).as_py() or 0)
 
+    def column(self, name: str) -> np.ndarray:
+        return np.asarray(self._table[name])
+
+
+def numbers(parts: Sequence[FileRecord], column: str) -> np.ndarray:
+    """A column of numbers of parts. [parts] int64"""
+    return parts.column(column) if isinstance(parts, Parts) else np.array([getattr(part, column) for part in parts], np.int64)
+
 
 def total(parts: Sequence[FileRecord], column: str) -> int:
     """Sum of a column over parts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ import torch
 from distillation import store
 from distillation.config import SampledLogits, TargetsConfig, TopKLogits, Unit
 from distillation.errors import InputError
+from distillation.parts import numbers, total
 from distillation.signals import Batch, TeacherSignal
 from distillation.storage import Storage
-from distillation.store import Columns, Manifest
+from distillation.store import Columns
 from distillation.tasks import Task
 
 QUANTUM = 8.0
@@ -73,6 +75,11 @@ class Rows:
         return len(self.lengths)
 
     @property
+    def offsets(self) -> np.ndarray:
+        """First row of each part, and the end. [parts + 1]"""
+        return self._corpus.offsets
+
+    @property
     def labelled(self) -> np.ndarray:
         """Numbers of the rows that have a label."""
         return np.flatnonzero(self._labelled > 0)
@@ -119,27 +126,59 @@ def _aligned(signals: Mapping[str, TeacherSignal], theirs: Sequence[np.ndarray],
     return {name: signal.at(index) for name, signal in signals.items()}
 
 
+class Split:
+    """A split of a corpus and what teachers said about it: known from the manifests, read where it is opened."""
+
+    def __init__(
+        self, storage: Storage, corpus: str, targets: Mapping[str, str], split: str, task: Task, table: np.ndarray | None = None
+    ) -> None:  # fmt: skip
+        """targets: folder of the store of each teacher. table: as of `Rows`.
+
+        Raises InputError where an artifact is missing or they do not belong together.
+        """
+        self.task, self._storage, self._table = task, storage, table
+        manifest = store.require(storage, corpus, "corpus")
+        self.parts, self._split, self._facts = manifest.splits.get(split, ()), split, manifest.facts
+        self._folders = {"": (corpus, self.parts)}
+        self.said: dict[str, TargetsConfig] = {}
+        """What each teacher was asked for."""
+        for name, folder in targets.items():
+            its = store.require(storage, folder, "targets")
+            # Of a reading, what was said about the corpus that it reads.
+            answered, parts = manifest.facts.get("reads", manifest.fingerprint), its.splits.get(split, ())
+            if its.facts["corpus"] != answered or not np.array_equal(numbers(parts, "rows"), numbers(self.parts, "rows")):
+                raise InputError(
+                    "DST-3110", "targets belong to another corpus", where=storage.path(folder), expected=answered,
+                    found=str(its.facts["corpus"]), do="Run `distill teach` again",
+                )  # fmt: skip
+            self._folders[name], self.said[name] = (folder, parts), TargetsConfig.model_validate(its.facts["targets"])
+
+    def open(self, parts: Sequence[int] | None = None) -> Rows:
+        """Rows of these parts, one part after the other, or of all; every file is checked. Raises InputError where one is missing or altered."""
+        columns = {}
+        for name, (folder, records) in self._folders.items():
+            chosen = records if parts is None else [records[part] for part in parts]
+            columns[name] = Columns(store.intact(self._storage, folder, chosen))
+        corpus = columns.pop("")
+        return Rows(corpus, {name: Targets(its, self.said[name]) for name, its in columns.items()}, self.task, self._table)
+
+    @property
+    def labelled_share(self) -> float:
+        """How many of its rows have a label, in [0, 1]."""
+        labelled: int = self._facts["labelled"][self._split]
+        return labelled / max(1, total(self.parts, "rows"))
+
+    @cached_property
+    def whole(self) -> Rows:
+        """All of it."""
+        return self.open()
+
+
 def open_rows(storage: Storage, corpus: str, targets: Mapping[str, str], split: str, task: Task, table: np.ndarray | None = None) -> Rows:
-    """Open a split, every file checked. targets: folder of the store of each teacher. table: as of `Rows`.
-
-    Raises InputError where parts are missing, altered or do not belong together.
-    """
-    manifest, columns = open_columns(storage, corpus, "corpus", split)
-    opened = {}
-    for name, folder in targets.items():
-        its, target_columns = open_columns(storage, folder, "targets", split)
-        # Of a reading, what was said about the corpus that it reads.
-        answered = manifest.facts.get("reads", manifest.fingerprint)
-        if its.facts["corpus"] != answered or len(target_columns) != len(columns):
-            raise InputError(
-                "DST-3110", "targets belong to another corpus", where=storage.path(folder), expected=answered,
-                found=str(its.facts["corpus"]), do="Run `distill teach` again",
-            )  # fmt: skip
-        opened[name] = Targets(target_columns, TargetsConfig.model_validate(its.facts["targets"]))
-    return Rows(columns, opened, task, table)
+    """Open a whole split, see `Split`."""
+    return Split(storage, corpus, targets, split, task, table).open()
 
 
-def open_columns(storage: Storage, folder: str, kind: store.Kind, split: str) -> tuple[Manifest, Columns]:
-    """Manifest and columns of one split of an artifact."""
-    manifest, paths = store.open_artifact(storage, folder, kind, split)
-    return manifest, Columns([paths[part.name] for part in manifest.splits.get(split, ())])
+def open_columns(storage: Storage, folder: str, kind: store.Kind, split: str) -> Columns:
+    """Columns of one split of an artifact."""
+    return Columns(store.intact(storage, folder, store.require(storage, folder, kind).splits.get(split, ())))

@@ -234,11 +234,8 @@ def find(storage: Storage, folder: str) -> Manifest | None:
         ) from error  # fmt: skip
 
 
-def open_artifact(storage: Storage, folder: str, kind: Kind, split: str | None = None) -> tuple[Manifest, dict[str, Path]]:
-    """The manifest and the local path of every file (of the parts: those of `split`), each checked against its record.
-
-    Raises InputError naming the file that is missing or altered, or the folder that is incomplete or of another kind.
-    """
+def require(storage: Storage, folder: str, kind: Kind) -> Manifest:
+    """The manifest of a folder. Raises InputError where there is none, or one of another kind. Reads no parts."""
     manifest = find(storage, folder)
     if manifest is None:
         raise InputError(
@@ -247,8 +244,16 @@ def open_artifact(storage: Storage, folder: str, kind: Kind, split: str | None =
         )  # fmt: skip
     if manifest.kind != kind:
         raise InputError("DST-3104", "artifact is of another kind", where=storage.path(folder), expected=kind, found=manifest.kind)
-    wanted = manifest.splits if split is None else {split: manifest.splits.get(split, ())}
-    records = [*manifest.files, *(record for parts in wanted.values() for record in parts)]
+    return manifest
+
+
+def open_artifact(storage: Storage, folder: str, kind: Kind) -> tuple[Manifest, dict[str, Path]]:
+    """The manifest and the local path of every file, each checked against its record.
+
+    Raises InputError naming the file that is missing or altered, or the folder that is incomplete or of another kind.
+    """
+    manifest = require(storage, folder, kind)
+    records = [*manifest.files, *(record for parts in manifest.splits.values() for record in parts)]
     return manifest, dict(zip((record.name for record in records), intact(storage, folder, records), strict=True))
 
 

@@ -326,9 +326,9 @@ def evaluate_task(
 
     torch.set_num_threads(settings["threads"] or cpus)
     storage = Storage(uri)
-    _, columns = open_columns(storage, corpus, "corpus", "test")
+    columns = open_columns(storage, corpus, "corpus", "test")
     opened = [
-        Candidate(role, name, fit.model_folder(storage, folder), baseline, open_columns(storage, own, "corpus", "test")[1] if own else None)
+        Candidate(role, name, fit.model_folder(storage, folder), baseline, open_columns(storage, own, "corpus", "test") if own else None)
         for (role, baseline), name, folder, own in candidates
     ]
     settings = {**settings, "threads": settings["threads"] or cpus}
@@ -344,7 +344,7 @@ def example_texts(plan: Plan, count: int = 4) -> list[str]:
     """A few rows of the test split, to show with a model."""
     import numpy as np
 
-    _, columns = open_columns(plan.storage, plan.corpus.folder, "corpus", "test")
+    columns = open_columns(plan.storage, plan.corpus.folder, "corpus", "test")
     return columns.strings("text", np.arange(min(count, len(columns))))
 
 

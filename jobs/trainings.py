@@ -11,16 +11,17 @@ import numpy as np
 from pydantic import ValidationError
 
 from cluster.config import ClusterConfig
-from distillation import loop, store
-from distillation.config import DenseLogits, FitConfig, LayersStudent, TrainingConfig, only_labels
+from distillation import store
+from distillation.config import DenseLogits, FitConfig, LayersStudent, LossConfig, TrainingConfig, only_labels
 from distillation.fit import reader, tokens_in_use
 from distillation.metrics import OF_TEACHER
 from distillation.models import depth_of, read_config
-from distillation.rows import open_rows
+from distillation.rows import Split, open_rows
+from distillation.schedule import schedule, steps_for, together_of
 from distillation.students import label, size_of
 from distillation.told import statistics_of_teacher
 from jobs.config import JobConfig, refusal
-from jobs.plan import Plan, Run, teacher_losses
+from jobs.plan import Plan, Run
 from tuning.config import SearchConfig, reported, retention
 from tuning.director import Proposal
 from tuning.ledger import Role, Task, Trial
@@ -45,7 +46,7 @@ class Trainings:
         self._plan, self._space, self._config = plan, space, plan.job.search
         self._labels = plan.labels()
         task, targets = reader(plan.job.task, plan.model, self._labels), {name: stage.folder for name, stage in plan.targets.items()}
-        self._train = open_rows(plan.storage, plan.corpus.folder, {}, "train", task)
+        self._train = Split(plan.storage, plan.corpus.folder, {}, "train", task)
         self._validation = open_rows(plan.storage, plan.corpus.folder, targets, "validation", task)
         self._length = int(np.sort(self._validation.lengths)[len(self._validation) // 2])
         self._sizes = cache(self._size)
@@ -171,7 +172,7 @@ class Trainings:
 
     def _task(self, role: Role, config: FitConfig, run: Run, point: Point, of: int | None, seed: int) -> Task:
         key = store.fingerprint(run.student.model_dump(mode="json"))
-        cost, rows = self._sizes(run.student), self._steps(_extent(config.training), only_labels(config.losses), 1.0)[1]
+        cost, rows = self._sizes(run.student), self._extent(config.training, config.losses, 1.0)[1]
         return Task(role, config.name, point, self._label(run.student), key, config.fingerprint, cost, rows, of, seed)
 
     def _label(self, student: Any) -> str:
@@ -184,11 +185,15 @@ class Trainings:
 
     def _total(self, plan: Plan, share: float) -> tuple[int, int]:
         """Steps of a student's training, up to a share of its rows, and how many rows these are."""
-        return self._steps(_extent(plan.job.training), only_labels(plan.job.active_losses), share)
+        return self._extent(plan.job.training, plan.job.active_losses, share)
 
-    def _count_steps(self, training: TrainingConfig, labelled: bool, share: float) -> tuple[int, int]:
-        losses = teacher_losses(self._plan.job.task) if labelled else self._plan.job.active_losses
-        return loop.steps_for(self._train.lengths, self._train.labelled, losses, training, share)
+    def _extent(self, training: TrainingConfig, losses: Mapping[str, LossConfig], share: float) -> tuple[int, int]:
+        # What decides which rows a training sees; trials that differ elsewhere have it in common.
+        plain = TrainingConfig(epochs=training.epochs, steps=training.steps, batch_tokens=training.batch_tokens, seed=training.seed)
+        return self._steps(plain, only_labels(losses), together_of(losses, training), share)
+
+    def _count_steps(self, training: TrainingConfig, labelled: bool, together: int, share: float) -> tuple[int, int]:
+        return steps_for(schedule(self._train, training, labelled=labelled, together=together), share)
 
 
 def measurable(task: str, teacher: Mapping[str, float], *, labelled: bool, live: bool) -> list[str]:
@@ -206,8 +211,3 @@ def cluster_of_trials(cluster: ClusterConfig, search: SearchConfig) -> ClusterCo
     """The cluster as a trial sees it: students have the workers of a trial, on the nodes that students run on."""
     size = {"workers": search.workers_per_trial, "cpus_per_worker": search.cpus_per_worker, "gpus_per_worker": search.gpus_per_worker}
     return cluster.model_copy(update={"student": cluster.student.model_copy(update={**size, "shards": 1})})
-
-
-def _extent(training: TrainingConfig) -> TrainingConfig:
-    """What decides which rows a training sees; trials that differ elsewhere have it in common."""
-    return TrainingConfig(epochs=training.epochs, steps=training.steps, batch_tokens=training.batch_tokens, seed=training.seed)

@@ -21,7 +21,7 @@ from distillation.config import (
     TrainingConfig,
     default_logits,
 )
-from distillation.rows import Rows, open_rows
+from distillation.rows import Rows, Split
 from distillation.storage import Storage
 from distillation.tasks import build_task
 
@@ -133,8 +133,12 @@ def world(tmp_path, labelled=1.0, config=TargetsConfig(), **changes):  # noqa: B
     return storage
 
 
+def split_of(storage, split="train", with_targets=True):
+    return Split(storage, "corpora/c", {"teacher": "targets/t"} if with_targets else {}, split, build_task(TASK, 0))
+
+
 def rows_of(storage, split="train", with_targets=True):
-    return open_rows(storage, "corpora/c", {"teacher": "targets/t"} if with_targets else {}, split, build_task(TASK, 0))
+    return split_of(storage, split, with_targets).open()
 
 
 def settings(storage, name="s", **changes):

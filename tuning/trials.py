@@ -172,7 +172,7 @@ def measure(work: Mapping[str, Any]) -> dict[str, float]:
     model: Any = fit.untrained(config, storage)
     model = (model.whole_model() if isinstance(model, Probe) else model).eval()
     device = torch.device(_device(work))
-    _, columns = open_columns(storage, config.corpus, "corpus", "validation")
+    columns = open_columns(storage, config.corpus, "corpus", "validation")
     bf16 = models.use_bf16(settings["precision"], device)
     with tempfile.TemporaryDirectory(prefix="distillery-") as name:
         folder = fit.as_read(config, storage, Path(name))  # ids in the student's own vocabulary

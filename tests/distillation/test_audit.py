@@ -30,8 +30,8 @@ def storage(tmp_path_factory):
 def opened(storage, config, change=None):
     """Teacher, and 40 rows with their answers, of which `change` may alter a column."""
     folder = fit.model_folder(storage, "teachers/t")
-    _, paths = store.open_artifact(storage, "corpora/c", "corpus", "train")
-    with pa.ipc.open_stream(next(iter(paths.values()))) as reader:
+    _, paths = store.open_artifact(storage, "corpora/c", "corpus")
+    with pa.ipc.open_stream(next(path for name, path in paths.items() if name.endswith("train.arrow"))) as reader:
         columns = store.Columns.of(reader.read_all()[:40])
     task = fit.reader(TASK, folder, LABELS)
     teacher = make_teacher(models.load(folder, TASK), TASK, config)

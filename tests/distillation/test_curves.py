@@ -1,5 +1,7 @@
 """What a point of a learning curve carries, when there is one, and the budget of a trial."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -7,10 +9,11 @@ from safetensors.torch import load_file
 
 from distillation import curves, fit, store
 from distillation.batches import plan_epoch
-from distillation.config import Features, JensenShannon, PatientKD, TargetsConfig, TrainingConfig
+from distillation.config import Features, JensenShannon, PatientKD, TargetsConfig, TrainingConfig, only_labels
 from distillation.errors import InputError
-from distillation.loop import LocalSession, steps_for
-from tests.tiny import LOSSES, rows_of, settings, world
+from distillation.loop import LocalSession
+from distillation.schedule import WholeSchedule, schedule, steps_for
+from tests.tiny import LOSSES, rows_of, settings, split_of, world
 
 
 @pytest.fixture(scope="module")
@@ -169,40 +172,40 @@ def test_a_trial_does_not_look_for_a_model(storage):
 
 def test_steps_for_a_share_by_hand():
     # Ten rows of 8 tokens, 16 tokens a batch: two rows a step, five steps an epoch, twenty rows in two epochs.
-    lengths, everything, both = np.full(10, 8), np.arange(10), {"soft": LOSSES["soft"]}
-    two = TrainingConfig(epochs=2, batch_tokens=16)
-    assert steps_for(lengths, everything, both, two, 1.0)[0] == 10
-    assert steps_for(lengths, everything, both, two, 1.0) == (10, 20)
-    assert steps_for(lengths, everything, both, two, 0.5) == (5, 10)
-    assert steps_for(lengths, everything, both, two, 0.51) == (6, 12)
-    assert steps_for(lengths, everything, both, two, 0.3) == (3, 6)
-    assert steps_for(lengths, everything, both, two, 1e-9) == (1, 2)
+    rows, two = SimpleNamespace(lengths=np.full(10, 8)), TrainingConfig(epochs=2, batch_tokens=16)
+
+    def found(share, used=range(10), training=two):
+        return steps_for(WholeSchedule(rows, np.array(used, np.int64), training), share)
+
+    assert found(1.0) == (10, 20)
+    assert found(0.5) == (5, 10)
+    assert found(0.51) == (6, 12)
+    assert found(0.3) == (3, 6)
+    assert found(1e-9) == (1, 2)
     # Losses that need labels see the labelled rows only: three of them, two steps an epoch.
-    some, hard = np.array([0, 4, 7]), {"hard": LOSSES["hard"]}
-    assert steps_for(lengths, some, hard, two, 1.0)[0] == 4
-    assert steps_for(lengths, some, hard, two, 1.0) == (4, 6)
-    assert steps_for(lengths, some, LOSSES, two, 1.0)[0] == 10
+    assert found(1.0, used=(0, 4, 7)) == (4, 6)
     seven = two.model_copy(update={"epochs": None, "steps": 7})
-    assert steps_for(lengths, everything, both, seven, 1.0)[0] == 7
-    assert steps_for(lengths, everything, both, seven, 1.0) == (7, 14)
-    assert steps_for(lengths, everything, both, seven, 0.75) == (6, 12)
+    assert found(1.0, training=seven) == (7, 14)
+    assert found(0.75, training=seven) == (6, 12)
     many = two.model_copy(update={"epochs": None, "steps": 25})
-    assert steps_for(lengths, everything, both, many, 0.28) == (7, 14)  # in floating point 0.28 * 50 is more than 14
+    assert found(0.28, training=many) == (7, 14)  # in floating point 0.28 * 50 is more than 14
     with pytest.raises(InputError, match="DST-3302"):
-        steps_for(lengths, np.zeros(0, np.int64), hard, two, 1.0)
+        found(1.0, used=())
+    with pytest.raises(InputError, match="DST-3302"):
+        found(1.0, used=(), training=seven)
 
 
 @pytest.mark.parametrize("losses", [LOSSES, {"hard": LOSSES["hard"]}])
 def test_a_training_of_so_many_steps_sees_so_many_rows(storage, losses):
-    rows = rows_of(storage)
+    split = split_of(storage)
     whole = 3 * (120 if len(losses) == 2 else 60)
     for share in (0.2, 0.45, 1.0):
-        steps, seen = steps_for(rows.lengths, rows.labelled, losses, plan(), share)
+        steps, seen = steps_for(schedule(split, plan(), labelled=only_labels(losses)), share)
         training = plan(epochs=None, steps=steps)
         found = dict(column(history(storage, f"share-{share}", losses=losses, training=training, keep_model=False), "train/rows"))
         assert max(found) == steps
         assert found[steps - 1] < share * whole <= found[steps] == seen
-    assert steps_for(rows.lengths, rows.labelled, losses, plan(), 1.0)[0] == steps
+    assert steps_for(schedule(split, plan(), labelled=only_labels(losses)), 1.0)[0] == steps
 
 
 def test_the_curve_of_a_finished_model_is_a_file_of_its_own(storage):

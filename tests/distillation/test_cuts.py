@@ -25,7 +25,7 @@ from distillation.errors import InputError
 from distillation.inference import load_trained, rows_for
 from distillation.loop import LocalSession
 from distillation.network import Network
-from distillation.rows import open_rows
+from distillation.rows import open_columns, open_rows
 from distillation.signals import TeacherSignal
 from distillation.students import size_of
 from distillation.tasks import build_task
@@ -71,9 +71,7 @@ def test_nothing_cut_starts_as_the_teacher(storage):
 
 def test_a_trimmed_student_reads_the_corpus_as_its_own_tokenizer_would(storage, narrow):
     """The stored ids, translated, are those that the trimmed tokenizer writes."""
-    _, columns = store.open_artifact(storage, "corpora/c", "corpus", "test")
-    opened = store.Columns(list(columns.values()))
-    rows = rows_for(narrow, opened, TASK, LABELS)
+    rows = rows_for(narrow, open_columns(storage, "corpora/c", "corpus", "test"), TASK, LABELS)
     batch = rows.batch(np.arange(10))
     tokenizer = AutoTokenizer.from_pretrained(narrow)
     for text, ids, length in zip(rows.texts(np.arange(10)), batch.inputs["input_ids"].tolist(), batch.lengths.tolist(), strict=True):
@@ -171,8 +169,7 @@ def test_a_language_model_with_a_trimmed_vocabulary_learns_from_every_kind_of_ta
     made = model.generate(**tokenizer("ban bar", return_tensors="pt"), max_new_tokens=4, do_sample=False)
     assert set(tokenizer.decode(made[0])) <= set("abcdefghijklmnopqrstuvwxyz <|>")
     # What evaluation finds on the validation split is what the loop found.
-    _, paths = store.open_artifact(storage, "corpora/c", "corpus", "validation")
-    rows = rows_for(folder, store.Columns(list(paths.values())), task, ())
+    rows = rows_for(folder, open_columns(storage, "corpora/c", "corpus", "validation"), task, ())
     batch = rows.batch(np.arange(len(rows)))
     with torch.no_grad():
         outputs = Network(load_trained(folder, task, ()), task).eval()(batch.inputs, batch.scored, batch.tokens, batch.lengths)

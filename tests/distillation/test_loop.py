@@ -39,7 +39,7 @@ from distillation.rows import open_rows
 from distillation.signals import UNLABELLED, Outputs
 from distillation.storage import Storage
 from distillation.tasks import build_task
-from tests.tiny import LOSSES, TASK, model_folder, rows_of, settings, tokenizer, world
+from tests.tiny import LOSSES, TASK, model_folder, rows_of, settings, split_of, tokenizer, world
 
 
 @pytest.fixture(scope="module")
@@ -301,12 +301,12 @@ def test_a_score_that_is_not_finite_ends_the_run_though_the_loss_was(storage):
 
 
 def test_no_rows_to_train_on(storage):
-    rows = rows_of(storage, with_targets=False)
-    rows._labelled[:] = 0
+    split = split_of(storage, with_targets=False)
+    split.whole._labelled[:] = 0
     from distillation.loop import Fit
 
     with pytest.raises(InputError, match="DST-3302"):
-        Fit(torch.nn.Linear(1, 1), rows, None, {"hard": LOSSES["hard"]}, faster(), LocalSession(), None).run()
+        Fit(torch.nn.Linear(1, 1), split, None, {"hard": LOSSES["hard"]}, faster(), LocalSession(), None).run()
 
 
 def test_unlabelled_rows_reach_the_batch_as_such(storage):

@@ -182,7 +182,7 @@ def test_a_size_known_beforehand_is_that_of_the_trained_student(storage, tmp_pat
     fit.train(settings(storage, name, student=config, training=training, losses=losses), LocalSession(), {})
     manifest = store.find(storage, f"students/{name}")
     folder = fit.model_folder(storage, f"students/{name}")
-    _, columns = open_columns(storage, "corpora/c", "corpus", "validation")
+    columns = open_columns(storage, "corpora/c", "corpus", "validation")
     cost = inference.cost(folder, columns, TASK, LABELS, repeats=1)
     lengths = sorted(columns.whole("length").tolist())
     found = size_of(config, start, TASK, LABELS, lengths[len(lengths) // 2])

@@ -1,0 +1,382 @@
+"""A split of many parts: every row once, the same batches for any number of workers, and each worker reads its own parts alone."""
+
+import contextlib
+import itertools
+import json
+import traceback
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from distillation import fit, store, windows
+from distillation.checkpoints import Position
+from distillation.config import Balance, Mixup, RelationalDistance, TrainingConfig
+from distillation.errors import InputError
+from distillation.loop import LocalSession
+from distillation.parts import FileRecord
+from distillation.rows import Rows, Split
+from distillation.schedule import WholeSchedule, WindowSchedule, schedule, steps_for, together_of
+from distillation.storage import Storage
+from tests.tiny import LOSSES, corpus, rows_of, settings, split_of, targets, teacher
+from tests.together import PeerSession, Stopped, together
+
+
+def dealt(count, seed=0, epoch=0):
+    return [window.tolist() for window in windows.deal(count, seed, epoch)]
+
+
+def joined(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
+@pytest.fixture
+def four(monkeypatch):
+    monkeypatch.setattr(windows, "PARTS", 4)
+
+
+# ------------------------------------------------------------------------------------------------------------------ parts
+
+
+@pytest.mark.parametrize("count", [1, 4, 5, 9, 11, 12])
+def test_every_part_is_dealt_once_and_keeps_its_seat(four, count):
+    first, second = dealt(count), dealt(count, epoch=1)
+    for found in (first, second, dealt(count, seed=1)):
+        assert sorted(part for window in found for part in window) == list(range(count))
+        assert len(found) == -(-count // 4)
+        assert max(map(len, found)) <= 4
+        for window in found:  # seat i has parts i * windows and so on
+            assert [part // len(found) for part in window] == list(range(len(window)))
+    if count > 8:
+        assert first != second != dealt(count, seed=1) != first
+
+
+def test_who_holds_what_by_hand():
+    # 40, 20, 20 and 80 tokens: of two ranks each has 80, of three 53.3.
+    window, tokens = np.array([7, 2, 9, 4]), np.array([40, 20, 20, 80])
+    assert windows.held(window, tokens, 0, 1) == [(0, 7, 0, 1), (1, 2, 0, 1), (2, 9, 0, 1), (3, 4, 0, 1)]
+    assert windows.held(window, tokens, 0, 2) == [(0, 7, 0, 1), (1, 2, 0, 1), (2, 9, 0, 1)]
+    assert windows.held(window, tokens, 1, 2) == [(3, 4, 0, 1)]
+    thirds = [windows.held(window, tokens, rank, 3) for rank in range(3)]
+    assert [[part for _, part, _, _ in its] for its in thirds] == [[7, 2], [2, 9, 4], [4]]
+    assert thirds[0][1][3] == thirds[1][0][2] == pytest.approx(2 / 3)  # 13.3 of 20
+    assert thirds[1][2][3] == thirds[2][0][2] == pytest.approx(1 / 3)  # 26.7 of 80
+
+
+def test_a_worker_reads_the_same_parts_in_every_epoch_but_for_borders():
+    parts, tokens = 5000, np.random.default_rng(0).integers(175_000, 185_000, 5000)
+    for world_size in (1, 8, 64):
+        read = [
+            {
+                each.part
+                for window in windows.deal(parts, 0, epoch)
+                for each in windows.held(window, tokens[window], world_size // 2, world_size)
+            }
+            for epoch in range(3)
+        ]
+        assert len(read[0]) <= parts / world_size + 2 * 10  # at most two more in each of ten windows
+        assert len(read[0] | read[1] | read[2]) <= parts / world_size + 4 * 10
+        assert len(read[0] & read[1] & read[2]) >= parts / world_size - 2 * 10
+
+
+@examples(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 10**9), min_size=1, max_size=40), st.integers(1, 90))
+def test_ranks_hold_every_part_once_and_the_same_number_of_tokens(tokens, world_size):
+    tokens = np.array(tokens)
+    ends = dict.fromkeys(range(len(tokens)), 0.0)
+    for rank in range(world_size):
+        mine = 0.0
+        for seat, part, low, high in windows.held(np.arange(len(tokens)) * 3, tokens, rank, world_size):
+            assert part == 3 * seat
+            assert low == ends[seat] < high
+            ends[seat] = high
+            mine += (high - low) * tokens[seat]
+        assert mine == pytest.approx(tokens.sum() / world_size, rel=1e-6)
+    assert set(ends.values()) == {1.0}
+
+
+# ------------------------------------------------------------------------------------------------------------------- rows
+
+
+def planned(parts, steps, rank, world_size, used=None, seed=0, epoch=0, blocks=None):
+    """Batches of one rank, as (part, row of the part). parts: lengths of the rows of each."""
+    its = windows.held(np.arange(len(parts)), np.array([part.sum() for part in parts]), rank, world_size)
+    lengths = np.concatenate([parts[each.part] for each in its])
+    offsets = np.cumsum([0] + [len(parts[each.part]) for each in its])
+    names = [(each.part, row) for each in its for row in range(len(parts[each.part]))]
+    rows = np.array([i for i, name in enumerate(names) if used is None or name in used], np.int64)
+    plan = windows.plan_window(lengths, rows, offsets, its, steps, blocks or max(1, steps // 7), seed, epoch)
+    assert plan.steps == steps
+    for step in range(steps):
+        assert (np.diff(lengths[plan.batch(step)]) >= 0).all()
+    return [[names[i] for i in plan.batch(step)] for step in range(steps)]
+
+
+def whole(parts, steps, world_size, **changes):
+    """Batches over all ranks, sorted."""
+    each = [planned(parts, steps, rank, world_size, **changes) for rank in range(world_size)]
+    return [sorted(joined(its[step] for its in each)) for step in range(steps)]
+
+
+parts_of_rows = st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=40).map(lambda x: np.array(x, np.int32)), min_size=1, max_size=8)
+
+
+@examples(max_examples=60, deadline=None, derandomize=True)
+@given(parts_of_rows, st.integers(1, 200), st.integers(2, 11), st.integers(0, 3))
+def test_the_batches_are_the_same_for_any_number_of_workers(parts, steps, world_size, seed):
+    one = whole(parts, steps, 1, seed=seed)
+    assert whole(parts, steps, world_size, seed=seed) == one
+    assert sorted(joined(one)) == [(part, row) for part in range(len(parts)) for row in range(len(parts[part]))]
+
+
+def test_rows_that_are_not_used_are_in_no_batch():
+    parts = [np.full(10, 4)] * 3
+    used = {(0, 3), (2, 0), (2, 9)}
+    for world_size in (1, 2, 5):
+        assert set(joined(whole(parts, 2, world_size, used=used))) == used
+
+
+def test_blocks_by_hand():
+    assert [windows.blocks_of(steps, rows) for steps, rows in ((22_500, 8192), (90, 8192), (22_500, 500), (1, 1))] == [4, 1, 1, 1]
+    assert windows.blocks_of(640, 10**6) == 10
+
+
+def test_order_follows_seed_and_epoch():
+    parts = [np.random.default_rng(i).integers(4, 40, 50) for i in range(3)]
+    first = whole(parts, 6, 1)
+    assert first == whole(parts, 6, 1)
+    assert len({str(each) for each in (first, whole(parts, 6, 1, seed=1), whole(parts, 6, 1, epoch=1))}) == 3
+
+
+@pytest.mark.parametrize(("batch_tokens", "spread"), [(4096, 0.05), (65536, 0.02)])
+def test_batches_are_even_over_steps_and_workers_and_little_is_padded(batch_tokens, spread):
+    """100 parts of 2,048 rows: a batch takes 1.9 or 30 rows of each, and four workers do about a quarter each."""
+    generator = np.random.default_rng(0)
+    parts = [np.clip(np.exp(generator.normal(2.75, 0.75, 2048)), 6, 128).astype(np.int32) for _ in range(100)]
+    steps = -(-sum(int(part.sum()) for part in parts) // batch_tokens)
+    tokens, padded = np.zeros((4, steps)), np.zeros((4, steps))
+    for rank in range(4):
+        for step, batch in enumerate(planned(parts, steps, rank, 4, blocks=windows.blocks_of(steps, 2048))):
+            lengths = [int(parts[part][row]) for part, row in batch]
+            tokens[rank, step], padded[rank, step] = sum(lengths), max(lengths) * len(lengths)
+    assert tokens.sum(0).std() / tokens.sum(0).mean() < spread
+    assert (tokens.max(0) / tokens.mean(0)).mean() < 1 + 4 * spread  # a step takes as long as its slowest worker
+    assert tokens.sum() / padded.sum() > 0.9
+
+
+# --------------------------------------------------------------------------------------------------------------- schedule
+
+
+class Made(Split):
+    """Known from records alone: opening it fails."""
+
+    def __init__(self, rows, tokens, labelled=1.0):
+        self.parts = [
+            FileRecord(name=f"p{i}", bytes=1, checksum="0", rows=r, tokens=t) for i, (r, t) in enumerate(zip(rows, tokens, strict=True))
+        ]
+        self._facts, self._split = {"labelled": {"train": labelled * sum(rows)}}, "train"
+
+
+def test_steps_rows_and_tokens_by_hand(four):
+    # Six parts of 10 rows and 100 tokens: two windows of three parts, 300 tokens, 7.5 batches of 40 tokens, so 8.
+    plan = schedule(Made([10] * 6, [100] * 6), TrainingConfig(epochs=2, batch_tokens=40), labelled=False)
+    assert isinstance(plan, WindowSchedule)
+    assert plan.total == 32
+    assert [plan.seen(step) for step in (0, 8, 32)] == [
+        {"train/rows": rows, "train/tokens": 10 * rows} for rows in (0, 30, 120)
+    ]  # fmt: skip
+    assert plan.seen(4) == {"train/rows": 15, "train/tokens": 150}
+    assert [plan.step_of(rows) for rows in (1, 3, 4, 30, 31, 119, 120, 121)] == [1, 1, 2, 8, 9, 32, 32, 33]
+    assert steps_for(plan, 0.5) == (16, 60)
+    assert steps_for(plan, 0.26) == (9, 33)  # 31.2 rows, after 8 steps there are 30
+    assert plan.locate(Position(15, 0, 15)) == Position(15, 0, 15)
+    assert plan.locate(Position(16, 0, 16)) == Position(16, 1, 0)
+    some = schedule(Made([10] * 6, [100] * 6), TrainingConfig(steps=20, batch_tokens=40), labelled=False)
+    assert (some.total, some.seen(20)["train/rows"], some.step_of(76)) == (20, 75, 21)
+    # Where losses need labels: a fifth of rows and tokens; no more steps than rows.
+    fifth = schedule(Made([10] * 6, [100] * 6, 0.2), TrainingConfig(epochs=1, batch_tokens=40), labelled=True)
+    assert (fifth.total, fifth.seen(fifth.total)) == (4, {"train/rows": 12, "train/tokens": 120})
+    few = schedule(Made([5] * 6, [100] * 6), TrainingConfig(epochs=1, batch_tokens=16), labelled=False)
+    assert few.total == 30
+    for training in (TrainingConfig(epochs=1), TrainingConfig(steps=5)):
+        with pytest.raises(InputError, match="DST-3302"):
+            schedule(Made([10] * 6, [100] * 6, 0.0), training, labelled=True)
+
+
+def test_a_billion_rows_are_planned_from_their_records():
+    plan = schedule(Made([2**16] * 20_000, [22 << 16] * 20_000), TrainingConfig(epochs=1, batch_tokens=1 << 20), labelled=False)
+    assert plan.seen(plan.total) == {"train/rows": 20_000 << 16, "train/tokens": 20_000 * 22 << 16}
+    assert plan.total == pytest.approx(27_500, abs=40)
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory):
+    """Twelve parts of ten rows, half of them with a label, and three parts to validate on."""
+    place, threads = tmp_path_factory.mktemp("world"), torch.get_num_threads()
+    torch.set_num_threads(1)
+    made = Storage(str(place / "storage"))
+    corpus(made, labelled=0.5, part_rows=10)
+    teacher(made, place)
+    targets(made)
+    yield made
+    torch.set_num_threads(threads)
+
+
+def test_few_parts_and_rows_that_belong_together_are_planned_whole(storage, monkeypatch):
+    training = TrainingConfig(epochs=1, batch_tokens=128)
+    assert isinstance(schedule(split_of(storage), training, labelled=False), WholeSchedule)
+    monkeypatch.setattr(windows, "PARTS", 4)
+    assert isinstance(schedule(split_of(storage), training, labelled=False), WindowSchedule)
+    pairs = {**LOSSES, "pairs": RelationalDistance(type="rkd_distance", group=4)}
+    assert [together_of(losses, training) for losses in (LOSSES, pairs)] == [1, 4]
+    assert together_of(LOSSES, training.model_copy(update={"augment": Mixup(type="mixup")})) == 2
+    assert isinstance(schedule(split_of(storage), training, labelled=False, together=4), WholeSchedule)
+
+
+def test_some_parts_of_a_split(storage):
+    split, all_rows = split_of(storage), rows_of(storage)
+    some = split.open([7, 2])
+    numbers = [*range(70, 80), *range(20, 30)]
+    assert some.ids(np.arange(20)) == all_rows.ids(np.array(numbers))
+    assert some.offsets.tolist() == [0, 10, 20]
+    mine, theirs = some.batch(np.array([3, 12])), all_rows.batch(np.array([73, 22]))
+    assert torch.equal(mine.inputs["input_ids"], theirs.inputs["input_ids"])
+    assert torch.equal(mine.signal.logits, theirs.signal.logits)
+    assert split.labelled_share == 0.5
+
+
+def test_targets_cut_into_other_parts_are_refused(storage):
+    manifest = store.find(storage, "targets/t")
+    first, second, *others = manifest.splits["train"]
+    swapped = (first.model_copy(update={"rows": 9}), second.model_copy(update={"rows": 11}), *others)
+    store.commit(storage, "targets/moved", manifest.model_copy(update={"splits": {**manifest.splits, "train": swapped}}))
+    with pytest.raises(InputError, match="DST-3110"):
+        Split(storage, "corpora/c", {"teacher": "targets/moved"}, "train", split_of(storage).task)
+
+
+# --------------------------------------------------------------------------------------------------------------- training
+
+
+def plan(**changes):
+    base = {"epochs": 2, "batch_tokens": 128, "learning_rate": 3e-4, "log_every": 1, "checkpoint_every": 4, "precision": "fp32"}
+    return TrainingConfig(**{**base, **changes})
+
+
+def noted(parts, folder, config, shards, stop):
+    """In a process of a group: train with windows of so many parts, and note the rows read in every step and the parts opened."""
+    from distillation.config import FitConfig
+
+    windows.PARTS = parts
+    session, notes, batch, opened = PeerSession(shards, stop), {"rows": {}, "parts": []}, Rows.batch, Split.open
+
+    def noting(self, rows):
+        if not any(frame.name == "evaluate" for frame in traceback.extract_stack()):
+            notes["rows"].setdefault(len([m for _, m in session.history if "train/loss" in m]), []).extend(self.ids(rows))
+        return batch(self, rows)
+
+    def opening(self, its=None):
+        notes["parts"].append([self._split, None if its is None else list(its)])
+        return opened(self, its)
+
+    Rows.batch, Split.open = noting, opening
+    result = None
+    with contextlib.suppress(Stopped):
+        result = fit.train(FitConfig.model_validate_json(config), session, {})
+    told = {"result": result, "history": session.history, **notes}
+    (folder / f"told-{session.rank}.json").write_text(json.dumps(told))
+
+
+def trained(storage, folder, name, count, *, shards=1, stop=None, parts=4, **changes):
+    """What each process told, and the weights."""
+    config = settings(storage, name, **{"training": plan(), "losses": BALANCED, **changes})
+    together(folder, count, noted, parts, folder, config.model_dump_json(), shards, stop)
+    return [json.loads((folder / f"told-{rank}.json").read_text()) for rank in range(count)]
+
+
+BALANCED = {**LOSSES, "soft": LOSSES["soft"].model_copy(update={"balance": Balance(to="hard", every=7)})}
+
+
+def losses(told):
+    return [(step, metrics["train/loss"]) for step, metrics in told["history"] if "train/loss" in metrics]
+
+
+def weights(storage, name):
+    return load_file(fit.model_folder(storage, f"students/{name}") / "model.safetensors")
+
+
+def read_in(told, epoch_steps):
+    """Ids of the rows that all processes read in each step."""
+    return [sorted(set(joined(each["rows"].get(str(step), []) for each in told))) for step in range(epoch_steps)]
+
+
+@pytest.fixture(scope="module")
+def alone(storage, tmp_path_factory):
+    return trained(storage, tmp_path_factory.mktemp("runs") / "alone", "alone", 1)[0]
+
+
+def test_one_process_sees_every_row_once_an_epoch(storage, alone):
+    total = alone["result"]["steps"]
+    counts = [m["train/rows"] for _, m in alone["history"] if "train/loss" in m]
+    assert counts[total // 2 - 1 : total : total // 2] == [120, 240]
+    steps = read_in([alone], total)
+    ids = rows_of(storage).ids(np.arange(120))
+    assert sorted(joined(steps[: total // 2])) == sorted(joined(steps[total // 2 :])) == sorted(ids)
+    opened = [parts for split, parts in alone["parts"] if split == "train"]
+    assert len(opened) == 6
+    assert sorted(joined(opened[:3])) == list(range(12))
+    lengths = dict(zip(ids, rows_of(storage).lengths.tolist(), strict=True))
+    tokens = [m["train/tokens"] for _, m in alone["history"] if "train/loss" in m]
+    assert tokens[-1] == 2 * sum(lengths.values())
+
+
+@pytest.mark.parametrize(("count", "shards"), [(3, 1), (2, None), (4, 2)])
+def test_the_number_of_workers_changes_nothing(storage, tmp_path, alone, count, shards):
+    name = f"by-{count}"
+    told = trained(storage, tmp_path / "run", name, count, shards=shards)
+    assert [loss for _, loss in losses(told[0])] == pytest.approx([loss for _, loss in losses(alone)], rel=1e-5)
+    for metric in ("train/rows", "train/tokens", "train/weight/soft"):
+        mine, its = ([m[metric] for _, m in each["history"] if "train/loss" in m] for each in (told[0], alone))
+        assert mine == pytest.approx(its, rel=1e-4)
+    names = [key for key in alone["result"] if key.startswith("validation/")]
+    assert [told[0]["result"][key] for key in names] == pytest.approx([alone["result"][key] for key in names], rel=1e-4)
+    for key, value in weights(storage, "alone").items():
+        if not key.endswith("key.bias"):  # has no influence, so its gradient is rounding noise that Adam scales up
+            assert torch.allclose(weights(storage, name)[key], value, atol=1e-4), key
+    # Each reads its own parts, and those at a border with a neighbour.
+    total = alone["result"]["steps"]
+    if shards == 1:
+        assert read_in(told, total) == read_in([alone], total)
+    for each in told:
+        opened = [set(parts) for split, parts in each["parts"] if split == "train"]
+        assert max(map(len, opened)) <= 4 // count + 2
+        assert len(set().union(*opened)) < 12
+
+
+def test_a_run_goes_on_in_the_middle_of_a_window_with_other_workers(storage, tmp_path, alone):
+    trained(storage, tmp_path / "1", "moved", 2, stop=14)
+    told = trained(storage, tmp_path / "2", "moved", 3)
+    assert told[0]["result"]["resumed_at"] == 12
+    assert [loss for _, loss in losses(told[0])] == pytest.approx([loss for _, loss in losses(alone)], rel=1e-5)
+
+
+def test_losses_that_need_labels_see_those_rows_alone(storage, tmp_path):
+    hard = {"hard": LOSSES["hard"]}
+    one, two = (trained(storage, tmp_path / f"{n}", f"hard-{n}", n, losses=hard, training=plan(epochs=1)) for n in (1, 2))
+    labelled = rows_of(storage).ids(rows_of(storage).labelled)
+    total = one[0]["result"]["steps"]
+    assert sorted(joined(read_in(one, total))) == sorted(labelled)
+    assert [loss for _, loss in losses(two[0])] == pytest.approx([loss for _, loss in losses(one[0])], rel=1e-5)
+
+
+def test_of_many_parts_to_validate_on_each_worker_scores_its_own(storage, tmp_path, alone):
+    told = trained(storage, tmp_path / "run", "scored", 2, parts=2)
+    assert [[parts for split, parts in each["parts"] if split == "validation"] for each in told] == [[[0, 2]], [[1]]]
+    fresh = LocalSession()
+    scored = fit.train(settings(storage, "scored", training=plan()), fresh, {})  # it is there: what was told is told again
+    whole = trained(storage, tmp_path / "whole", "scored-whole", 1, parts=2)[0]["result"]
+    names = [key for key in whole if key.startswith("validation/")]
+    assert [scored[key] for key in names] == pytest.approx([whole[key] for key in names], rel=1e-4)

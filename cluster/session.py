@@ -60,11 +60,16 @@ def connect(config: ClusterConfig) -> Iterator[None]:
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(**options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except BaseException as error:
+        # A plain Exception is what Ray raises where its processes did not start within its 30 seconds.
+        if not isinstance(error, ConnectionError | RuntimeError | ValueError) and type(error) is not Exception:
+            raise
+        do = "Check cluster.address and the token, or leave the address out to run on this machine"
+        if config.address is None:
+            do = "Run again when the machine has less to do, or look into the logs of Ray in /tmp/ray/session_latest/logs"
         raise ClusterError(
-            "DST-6001", "no Ray cluster", where=config.address or "this machine", found=str(error).splitlines()[0],
-            do="Check cluster.address and the token, or leave the address out to run on this machine",
-        ) from error  # fmt: skip
+            "DST-6001", "no Ray cluster", where=config.address or "this machine", found=str(error).splitlines()[0], do=do
+        ) from error
     if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put in one of its own, which ends the program with exit code 15
     try:

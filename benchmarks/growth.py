@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,10 @@ class Split:
         self.most = max(self.most, len(chosen))
         return Rows([part.rows for part in chosen])
 
+    @cached_property
+    def first(self) -> Rows:
+        return Rows([self.parts[0].rows])
+
     @property
     def whole(self) -> Rows:
         return self.open()
@@ -184,6 +189,7 @@ def planned(rows: str, nodes: str, how: str = "") -> None:
     plan = schedule(split, training, labelled=False, rank=world_size // 2, world_size=world_size)  # type: ignore[arg-type]
     plan.batch(Position(0, 0, 0))
     seconds = time.perf_counter() - started
+    plan.batch(Position(1, 0, 1))
     if thread := getattr(plan, "_thread", None):
         thread.shutdown()
     read: list[set[int]] = []

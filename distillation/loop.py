@@ -147,22 +147,21 @@ class Fit:
 
         Raises DivergedError at the first loss or gradient that is not finite; weights are those of the step before. Raises Left.
         """
-        try:
-            return self._train()
-        finally:
+        with contextlib.ExitStack() as self._ending:
             if self.checkpoints is not None:
-                self.checkpoints.wait()
+                self._ending.callback(self.checkpoints.wait)
+            return self._train()
 
     def _train(self) -> dict[str, float]:
         training, session, self._task = self.training, self.session, self.split.task
         self._together = together_of(self.losses, training)
-        plan = schedule(
-            self.split, training, labelled=only_labels(self.losses), together=self._together, rank=session.rank, world_size=session.world_size
-        )  # fmt: skip
+        labelled, ranks = only_labels(self.losses), {"rank": session.rank, "world_size": session.world_size}
+        plan = schedule(self.split, training, labelled=labelled, together=self._together, **ranks)
+        self._ending.callback(plan.close)
         if self.validation is not None:
             # Of many parts each rank scores its own.
             parts, (rank, size) = self.validation.parts, (session.rank, session.world_size)
-            self._scored_alone = len(parts) > windows.PARTS
+            self._scored_alone = len(parts) > windows.PARTS and len(parts) >= size
             self._scored = self.validation.open(range(rank, len(parts), size)) if self._scored_alone else self.validation.whole
         rungs = {plan.step_of(rows) for rows in self.rungs}
         if session.mesh is None:  # a part is there already
@@ -256,7 +255,8 @@ class Fit:
             self._diverged(rows, step, sums)
         if norm > training.clip:  # asked first: scaling by 1 would touch every gradient for nothing
             torch.nn.utils.clip_grads_with_norm_(parameters, training.clip, total)
-        optimizer.step()
+        if work.size:
+            optimizer.step()
         return sums, squares, work, norm
 
     def _work(self, batch: GlobalBatch, losses: Mapping[str, Any]) -> Work:
@@ -327,10 +327,11 @@ class Fit:
         return self._wrapped.no_sync() if on and isinstance(self._wrapped, DistributedDataParallel) else contextlib.nullcontext()
 
     def _diverged(self, batch: GlobalBatch, step: int, sums: Mapping[str, Tensor]) -> None:
-        ids = batch.rows.ids(batch.numbers)
+        ids, whose = batch.rows.ids(batch.numbers), "" if batch.whole else f" of worker {self.session.rank}"
+        rows = f", rows{whose} {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}" if ids else ""
         terms = ", ".join(f"{name}={float(value):g}" for name, value in sums.items())
         raise DivergedError(
-            "DST-4001", "loss or gradient is no longer finite", where=f"step {step + 1}, rows {', '.join(ids[:8])}{' ...' if len(ids) > 8 else ''}",
+            "DST-4001", "loss or gradient is no longer finite", where=f"step {step + 1}{rows}",
             expected="finite numbers", found=f"gradient of loss terms {terms}",
             do="Lower training.learning_rate, raise training.warmup, or look at these rows; the last checkpoint is kept",
         )  # fmt: skip

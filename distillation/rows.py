@@ -169,6 +169,12 @@ class Split:
         return labelled / max(1, total(self.parts, "rows"))
 
     @cached_property
+    def first(self) -> Rows:
+        """Its first part, without what was said about it. Parts are in the order of ids, which are hashes: it is a sample like any other."""
+        folder, records = self._folders[""]
+        return Rows(Columns(store.intact(self._storage, folder, records[:1])), {}, self.task, self._table)
+
+    @cached_property
     def whole(self) -> Rows:
         """All of it."""
         return self.open()

@@ -68,6 +68,9 @@ class Schedule(ABC):
     @abstractmethod
     def batch(self, position: Position) -> GlobalBatch: ...
 
+    def close(self) -> None:  # noqa: B027 - most have nothing to end
+        """End what was begun for later steps."""
+
 
 class WholeSchedule(Schedule):
     """All rows are planned together; holds the plan of the epoch that it was last asked for."""
@@ -102,19 +105,22 @@ class WholeSchedule(Schedule):
 class WindowSchedule(Schedule):
     """Rows are planned window by window, from this rank's parts alone, while the next window's are fetched and opened.
 
-    The steps of a window follow from the tokens of its parts, so batches have `batch_tokens` on average, without padding.
+    The steps of a window follow from the tokens of its parts, so batches have `batch_tokens` on average, without padding. How many rows and
+    tokens were seen is exact at the ends of windows, and where losses need labels an estimate.
     """
 
     def __init__(self, split: Split, labelled: bool, training: TrainingConfig, rank: int, world_size: int) -> None:
         self._split, self._labelled, self._training, self._rank, self._world_size = split, labelled, training, rank, world_size
         self._tokens, self._rows = (numbers(split.parts, name) * (split.labelled_share if labelled else 1.0) for name in ("tokens", "rows"))
         self._dealt: tuple[int, list[np.ndarray]] = (-1, [])
-        knots = [[0, 0, 0]]
+        knots, seen = [[0, 0, 0]], np.zeros(2)
         for epoch in itertools.count() if training.steps and self._rows.any() else range(training.epochs or 0):
             for window in self._of(epoch):
-                rows, tokens = (round(float(each[window].sum())) for each in (self._rows, self._tokens))
-                steps = max(1, min(rows, -(-tokens // training.batch_tokens)))
-                knots.append([knots[-1][0] + steps, knots[-1][1] + rows, knots[-1][2] + tokens])
+                rows, tokens = (float(each[window].sum()) for each in (self._rows, self._tokens))
+                seen += rows, tokens
+                # Of two rows a batch or more, so that none is empty.
+                steps = max(1, min(int(rows / 2), math.ceil(tokens / training.batch_tokens)))
+                knots.append([knots[-1][0] + steps, *map(round, seen.tolist())])
             if training.steps and knots[-1][0] >= training.steps:
                 break
         super().__init__(np.array(knots, np.int64), training)
@@ -130,14 +136,19 @@ class WindowSchedule(Schedule):
     def batch(self, position: Position) -> GlobalBatch:
         number = int(np.searchsorted(self._knots[:, 0], position.step, side="right")) - 1
         if self._opened[0] != number:
-            ready = self._next[1].result() if self._next[0] == number and self._next[1] else self._open(number)
-            self._opened = number, *ready
-            more = number + 1 < len(self._knots) - 1 and self._knots[number + 1, 0] < self.total
-            self._next = (number + 1, self._thread.submit(self._open, number + 1)) if more else (-1, None)
+            of, ready = self._next
+            # What failed in the thread is tried once more here.
+            found = ready.result() if ready is not None and of == number and ready.exception() is None else self._open(number)
+            self._opened, self._next = (number, *found), (-1, None)
+        elif self._next[1] is None and self._knots[number + 1, 0] < self.total:  # in the second step: the window before is gone by then
+            self._next = number + 1, self._thread.submit(self._open, number + 1)
         _, rows, plan = self._opened
         assert rows is not None
         assert plan is not None
         return GlobalBatch(rows, plan.batch(position.step - int(self._knots[number, 0])), whole=False)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _open(self, number: int) -> tuple[Rows, EpochPlan]:
         """The rows of this rank's parts of a window, and which of them belong to its steps. number: of the window, over all epochs."""
@@ -147,8 +158,12 @@ class WindowSchedule(Schedule):
         rows = self._split.open([each.part for each in its])
         used = rows.labelled if self._labelled else np.arange(len(rows), dtype=np.int32)
         steps = int(self._knots[number + 1, 0] - self._knots[number, 0])
-        blocks = windows.blocks_of(steps, float(self._rows[window].mean()))
-        return rows, windows.plan_window(rows.lengths, used, rows.offsets, its, steps, blocks, self._training.seed, epoch)
+        first, blocks = self._split.first, windows.blocks_of(steps, float(self._rows[window].mean()))
+        typical = first.lengths[first.labelled] if self._labelled and len(first.labelled) else first.lengths
+        plan = windows.plan_window(
+            rows.lengths, used, rows.offsets, its, typical, steps=steps, blocks=blocks, seed=self._training.seed, epoch=epoch
+        )  # fmt: skip
+        return rows, plan
 
     def _of(self, epoch: int) -> list[np.ndarray]:
         if self._dealt[0] != epoch:

@@ -21,8 +21,8 @@ PARTS = 512
 BLOCK_ROWS = 2048
 """Rows of a part that are sorted by length together, at least, if it has them: of fewer the batches would take too unlike ones."""
 
-GOLDEN = (5**0.5 - 1) / 2
-"""Multiples of it, modulo 1, are spread evenly however many there are (Weyl): parts take turns at giving a row to a batch."""
+PHASES = (0.7548776662466927, 0.5698402909980532)
+"""Multiples of these, modulo 1, are spread evenly over a square however many there are (Roberts' R2): parts take turns at giving a row."""
 
 
 class Held(NamedTuple):
@@ -64,29 +64,33 @@ def blocks_of(steps: int, rows: float) -> int:
 
 
 def plan_window(
-    lengths: np.ndarray, used: np.ndarray, offsets: np.ndarray, its: Sequence[Held], steps: int, blocks: int, seed: int, epoch: int
-) -> EpochPlan:
+    lengths: np.ndarray, used: np.ndarray, offsets: np.ndarray, its: Sequence[Held], typical: np.ndarray,
+    *, steps: int, blocks: int, seed: int, epoch: int,
+) -> EpochPlan:  # fmt: skip
     """One rank's rows in each of the `steps` batches of a window, within a batch by rising length; some batches may have none of them.
 
     lengths: tokens of every row of the parts that it holds, one part after the other, [rows]. used: numbers of the rows to use, rising.
-    offsets: first row of each part, and the end, [parts + 1]. blocks: see `blocks_of`.
+    offsets: first row of each part, and the end, [parts + 1]. typical: tokens of a sample of the split's rows, the same for all ranks,
+    [any number from 1 on]. blocks: see `blocks_of`.
     """
     edges = np.linspace(0, steps, blocks + 1).round().astype(np.int64)
     widths = np.diff(edges)
+    # What share of the tokens is in the shortest share of the rows: all parts are cut by one curve, or else chance would fill the batches.
+    shares = np.concatenate([[0.0], np.cumsum(np.sort(typical), dtype=np.float64)])
+    shares, ranks = shares / shares[-1], np.linspace(0, 1, len(shares))
     rows, batches = [np.zeros(0, used.dtype)], [np.zeros(0, np.int64)]
     for part, (start, end) in zip(its, np.searchsorted(used, np.stack([offsets[:-1], offsets[1:]], axis=1)), strict=True):
-        count, phase = int(end - start), part.seat * GOLDEN % 1
+        count, (early, late) = int(end - start), [(part.seat * each) % 1 for each in PHASES]
         if count == 0:
             continue
         shuffled = np.random.default_rng([seed, epoch, part.part]).permutation(used[start:end])
-        block = np.minimum(((np.arange(count) + phase) * blocks / count).astype(np.int64), blocks - 1)
+        block = np.minimum(((np.arange(count) + early) * blocks / count).astype(np.int64), blocks - 1)
         shuffled = shuffled[np.lexsort((lengths[shuffled], block))]
-        ends = np.concatenate([[0], np.cumsum(lengths[shuffled], dtype=np.int64)])
-        first, last = ends[np.searchsorted(block, np.arange(blocks))], ends[np.searchsorted(block, np.arange(blocks), side="right")]
-        # Where in the tokens of its block a row lies; inside the row at another place in every part, else all would favour one batch.
-        place = (ends[:-1] + phase * np.diff(ends) - first[block]) / (last - first)[block]
+        sizes = np.bincount(block, minlength=blocks)
+        rank = (np.arange(count) - (np.cumsum(sizes) - sizes)[block] + late) / sizes[block]
+        place = np.interp(rank, ranks, shares)
         batch = edges[block] + np.minimum((place * widths[block]).astype(np.int64), widths[block] - 1)
-        turn = np.arange(count) * GOLDEN % 1
+        turn = np.arange(count) * PHASES[0] % 1
         mine = (turn >= part.low) & (turn < part.high)
         rows.append(shuffled[mine])
         batches.append(batch[mine])

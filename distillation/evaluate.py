@@ -84,12 +84,47 @@ class Judged(NamedTuple):
     against: dict[str, dict[str, float]]
 
 
+class _Opened:
+    """Models in memory, and the rows as each of them reads them."""
+
+    def __init__(
+        self, models: Sequence[Candidate], columns: Columns, task: TaskConfig, labels: Sequence[str], device: torch.device
+    ) -> None:
+        assert len({model.name for model in models}) == len(models), "names differ"
+        if isinstance(task, TextClassification | ImageClassification):
+            require_labels(columns.whole("label"), len(labels))
+        (self.teacher,) = (model.name for model in models if model.role == "teacher")
+        self.loaded = {model.name: load_trained(model.folder, task, labels).to(device) for model in models}
+        self.columns = {model.name: columns if model.columns is None else model.columns for model in models}
+        self.rows = {model.name: rows_for(model.folder, self.columns[model.name], task, labels) for model in models}
+
+    def gather(
+        self, task: TaskConfig, batch_tokens: int, bf16: bool, device: torch.device, share: tuple[int, int] = (0, 1)
+    ) -> dict[str, Gathered]:
+        networks = {name: Network(model, task).eval() for name, model in self.loaded.items()}
+        first, step = share
+        batches = batches_of(self.rows[self.teacher].lengths, task, batch_tokens)[first::step]
+        return gather(networks, self.rows, self.teacher, batches, bf16, device)
+
+
+def answers(
+    models: Sequence[Candidate], columns: Columns, task: TaskConfig, labels: Sequence[str], share: tuple[int, int], *,
+    batch_tokens: int = 8192, precision: Precision = "auto", device: str | torch.device = "cpu",
+) -> dict[str, Gathered]:  # fmt: skip
+    """What every model says about share (i, n) of the rows: of all batches every n-th from the i-th on. `gathering.added` puts shares
+    together, for `evaluate`: the numbers are those of one pass over all. Raises as `evaluate` does.
+    """
+    device = torch.device(device)
+    return _Opened(models, columns, task, labels, device).gather(task, batch_tokens, use_bf16(precision, device), device, share)
+
+
 def evaluate(
     models: Sequence[Candidate],
     columns: Columns,
     task: TaskConfig,
     labels: Sequence[str],
     *,
+    found: Mapping[str, Gathered] | None = None,
     batch_tokens: int = 8192,
     precision: Precision = "auto",
     device: str | torch.device = "cpu",
@@ -97,28 +132,23 @@ def evaluate(
     repeats: int = 100,
     seed: int = 0,
 ) -> list[Evaluation]:
-    """Every model over the same rows: the answers, then the cost (see `inference.cost`), for which the models take turns.
+    """Every model over the same rows: the answers, or what was `found` (see `answers`), then the cost (see `inference.cost`), for which the
+    models take turns.
 
     Exactly one model is the teacher; a `baseline` names another of the models. `labels` are the corpus's, in its order: a model that has
     them in another order is read by name, and one with other labels raises InputError. So do answers that are not finite, a split that
     cannot be scored, and a teacher whose score leaves nothing to keep. Answers, latency and throughput share one precision.
     """
-    (teacher,) = (model.name for model in models if model.role == "teacher")
-    assert len({model.name for model in models}) == len(models), "names differ"
     device = torch.device(device)
     bf16, one_label = use_bf16(precision, device), isinstance(task, TextClassification | ImageClassification)
-    if one_label:
-        require_labels(columns.whole("label"), len(labels))
-    loaded = {model.name: load_trained(model.folder, task, labels).to(device) for model in models}
-    read = {model.name: columns if model.columns is None else model.columns for model in models}
-    rows = {model.name: rows_for(model.folder, read[model.name], task, labels) for model in models}
-    networks = {name: Network(model, task).eval() for name, model in loaded.items()}
-    found = gather(networks, rows, teacher, batches_of(rows[teacher].lengths, task, batch_tokens), bf16, device)
+    opened = _Opened(models, columns, task, labels, device)
+    teacher, rows = opened.teacher, opened.rows
+    found = opened.gather(task, batch_tokens, bf16, device) if found is None else found
     # A perplexity is of tokens, which are others for another tokenizer; bits per byte are of the text.
     headline = "bits_per_byte" if any(its.other_places for its in rows.values()) else rows[teacher].task.headline
     judged = _judge(models, teacher, rows[teacher].task, found, columns, seed, headline)
-    pairs = [(loaded[model.name], model.folder) for model in models]
-    measured = costs(pairs, list(read.values()), task, labels, batch_tokens, bf16, device, threads, repeats, seed)
+    pairs = [(opened.loaded[model.name], model.folder) for model in models]
+    measured = costs(pairs, list(opened.columns.values()), task, labels, batch_tokens, bf16, device, threads, repeats, seed)
     cost = {model.name: each for model, each in zip(models, measured, strict=True)}
     return [
         Evaluation(

@@ -5,6 +5,7 @@ Legend: n rows, m statistics of the task, N scored positions of a batch, c class
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -30,6 +31,18 @@ class Gathered:
     """Logits of each row [n, c], or its embedding [n, H]; fp32. None where a row has several scored positions."""
     confusion: np.ndarray | None = None
     """Labelled positions by [label][answer], of token classification."""
+
+
+def added(shares: Sequence[Mapping[str, Gathered]]) -> dict[str, Gathered]:
+    """What was gathered over batches that make a split together: each row is in one share, and nothing of it in the others."""
+    return {name: functools.reduce(_add_up, (share[name] for share in shares)) for name in shares[0]}
+
+
+def _add_up(one: Gathered, other: Gathered) -> Gathered:
+    def both(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
+        return b if a is None else a if b is None else a + b
+
+    return Gathered(one.sums + other.sums, both(one.said, other.said), both(one.confusion, other.confusion))
 
 
 def gather(

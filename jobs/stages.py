@@ -20,16 +20,21 @@ from distillation import curves, fit, models, store
 from distillation import export as exporting
 from distillation.config import ONLY, TaskConfig
 from distillation.errors import ClusterError
-from distillation.evaluate import Candidate, Evaluation, Role
+from distillation.evaluate import Candidate, Evaluation, Role, answers
 from distillation.evaluate import evaluate as evaluate_models
+from distillation.gathering import Gathered, added
 from distillation.rows import open_columns
 from distillation.storage import Storage
+from distillation.store import Columns
 from jobs import report
 from jobs.config import dump, flat
 from jobs.estimate import require_budget
 from jobs.figures import figures
 from jobs.plan import Plan, Reading, Stage, require_possible
 from jobs.progress import Progress
+
+SHARE_ROWS = 8192
+"""Rows of the test split for which another worker pays: each has to load all models."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +222,7 @@ def on_test_split(context: Context, tested: Sequence[Tested]) -> list[Evaluation
         progress.found("evaluation")
         return known
     with progress.stage("evaluation on the test split"):
-        found = _on_a_worker(plan, tested)
+        found = _on_workers(plan, tested)
         plan.storage.write(stage, json.dumps([e.model_dump(mode="json") for e in found], indent=1).encode())
     return found
 
@@ -295,16 +300,22 @@ def _read_evaluation(storage: Storage, path: str) -> list[Evaluation] | None:
         return None
 
 
-def _on_a_worker(plan: Plan, tested: Sequence[Tested]) -> list[Evaluation]:
-    """Evaluate in a Ray task that has what a training worker has, so that costs are those of such a machine."""
+def _on_workers(plan: Plan, tested: Sequence[Tested]) -> list[Evaluation]:
+    """Evaluate in Ray tasks that have what a training worker has: the answers in several where there are many rows, costs in one."""
     job = plan.job
     group, cpus = job.cluster.group("student"), cpus_per_worker(job.cluster, "student")
     candidates = [((one.role, one.baseline), one.name, one.stage.folder, one.reading and one.reading.stage.folder) for one in tested]
-    task = ray.remote(num_cpus=cpus, num_gpus=group.gpus, label_selector=group.labels, max_retries=job.cluster.max_failures)(evaluate_task)
+    where = {"num_cpus": cpus, "num_gpus": group.gpus, "label_selector": group.labels, "max_retries": job.cluster.max_failures}
+    what = job.cluster.storage, plan.corpus.folder, candidates, job.task, plan.labels(), job.evaluation.model_dump(), cpus
+    corpus = plan.found(plan.corpus)
+    assert corpus is not None
+    shares, found = min(group.most, -(-corpus.rows("test") // SHARE_ROWS)), None
     try:
-        return ray.get(
-            task.remote(job.cluster.storage, plan.corpus.folder, candidates, job.task, plan.labels(), job.evaluation.model_dump(), cpus)
-        )
+        if shares > 1:
+            asked = ray.remote(**where)(answer_task)
+            found = added(ray.get([asked.remote(*what, (share, shares)) for share in range(shares)]))
+        evaluations: list[Evaluation] = ray.get(ray.remote(**where)(evaluate_task).remote(*what, found))
+        return evaluations
     except ray.exceptions.RayError as error:
         raise unwrap(error) or ClusterError(
             "DST-6004", "a worker failed", where="evaluation", found=str(error).strip().splitlines()[-1],
@@ -312,27 +323,36 @@ def _on_a_worker(plan: Plan, tested: Sequence[Tested]) -> list[Evaluation]:
         ) from error  # fmt: skip
 
 
+def answer_task(
+    uri: str, corpus: str, candidates: list[Any], task: TaskConfig, labels: tuple[str, ...], settings: dict[str, Any], cpus: int,
+    share: tuple[int, int],
+) -> dict[str, Gathered]:  # fmt: skip
+    """Runs on a node: what the models say about a share of the test split."""
+    opened, device = _opened(uri, corpus, candidates, settings["threads"] or cpus)
+    return answers(*opened, task, labels, share, batch_tokens=settings["batch_tokens"], precision=settings["precision"], device=device)
+
+
 def evaluate_task(
-    uri: str,
-    corpus: str,
-    candidates: list[tuple[Any, str, str, str | None]],
-    task: TaskConfig,
-    labels: tuple[str, ...],
-    settings: dict[str, Any],
-    cpus: int,
-) -> list[Evaluation]:
+    uri: str, corpus: str, candidates: list[Any], task: TaskConfig, labels: tuple[str, ...], settings: dict[str, Any], cpus: int,
+    found: dict[str, Gathered] | None,
+) -> list[Evaluation]:  # fmt: skip
     """Runs on a node: open the test split and the models there, and evaluate."""
+    opened, device = _opened(uri, corpus, candidates, settings["threads"] or cpus)
+    settings = {**settings, "threads": settings["threads"] or cpus}
+    return evaluate_models(*opened, task, labels, found=found, device=device, **settings)
+
+
+def _opened(uri: str, corpus: str, candidates: list[Any], threads: int) -> tuple[tuple[list[Candidate], Columns], str]:
+    """Models and rows, and the device for them."""
     import torch
 
-    torch.set_num_threads(settings["threads"] or cpus)
+    torch.set_num_threads(threads)
     storage = Storage(uri)
-    columns = open_columns(storage, corpus, "corpus", "test")
-    opened = [
+    models_ = [
         Candidate(role, name, fit.model_folder(storage, folder), baseline, open_columns(storage, own, "corpus", "test") if own else None)
         for (role, baseline), name, folder, own in candidates
     ]
-    settings = {**settings, "threads": settings["threads"] or cpus}
-    return evaluate_models(opened, columns, task, labels, device="cuda" if torch.cuda.is_available() else "cpu", **settings)
+    return (models_, open_columns(storage, corpus, "corpus", "test")), "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _curves(plan: Plan) -> dict[str, Any]:

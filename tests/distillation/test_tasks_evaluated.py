@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from distillation import inference, intervals, neighbours, signals
 from distillation.errors import InputError
-from distillation.evaluate import Candidate, Evaluation, evaluate
+from distillation.evaluate import Candidate, Evaluation, answers, evaluate
+from distillation.gathering import added
 from distillation.inference import costs, load_trained
 from distillation.models import set_labels
 from tests import kinds
@@ -24,14 +25,15 @@ def quick(monkeypatch):
     monkeypatch.setattr(inference, "SECONDS", 0.01)
 
 
-def judge(kind, columns, teacher, student=None, baseline=None, **changes):
+def judge(kind, columns, teacher, student=None, baseline=None, shares=1, batch_tokens=8192, **changes):
     """Evaluations by name."""
     models = [Candidate("teacher", "teacher", teacher)]
     models += [Candidate("student", "student", student, "baseline" if baseline else None)] if student else []
     models += [Candidate("baseline", "baseline", baseline)] if baseline else []
     task = TASKS[kind].model_copy(update=changes)
-    found = evaluate(models, columns, task, LABELS.get(kind, ()), precision="fp32", threads=1, repeats=2)
-    return {e.name: e for e in found}
+    about, how = (models, columns, task, LABELS.get(kind, ())), {"precision": "fp32", "batch_tokens": batch_tokens}
+    found = added([answers(*about, (share, shares), **how) for share in range(shares)]) if shares > 1 else None
+    return {e.name: e for e in evaluate(*about, found=found, threads=1, repeats=2, **how)}
 
 
 HEADLINES = {
@@ -78,6 +80,12 @@ def test_every_task_is_evaluated(tmp_path, kind):
     points = e.quality[name] - same.quality[name] if e.better == "max" else 1 - e.quality[name] / same.quality[name]
     assert e.against["gain"] == pytest.approx(100 * points)
     assert ("mcnemar_p" in e.against) == (name == "accuracy")
+    # Several workers, each with some of the batches, find the same to the last bit.
+    one, three, crowd = (judge(kind, columns, teacher, student, teacher, shares=n, batch_tokens=64) for n in (1, 3, 60))
+    for many in (three, crowd):  # of which some have nothing to do
+        for model in one:
+            mine, its = (each[model].model_dump(exclude={"cost", "ratios"}) for each in (many, one))
+            assert mine == its
     assert ("kl_to_teacher" in e.against) == (kind not in ("regression", "embedding"))
     assert same.against.get("kl_to_teacher", 0.0) == pytest.approx(0.0, abs=1e-6)
     assert same.against.get("agreement", 1.0) == 1.0

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 import urllib.request
 
@@ -159,6 +161,34 @@ def started_until(place, file, *arguments):
             pytest.fail(process.communicate()[0])
         time.sleep(0.01)
     return process
+
+
+TELLING = """
+import jobs.stages
+from jobs.cli import main
+
+whole = jobs.stages.added
+def telling(shares):
+    print("shares", [int((share["teacher"].said != 0).any(1).sum()) for share in shares])
+    return whole(shares)
+jobs.stages.SHARE_ROWS, jobs.stages.added = 8, telling
+main()
+"""
+
+
+def test_several_workers_evaluate_to_the_same_numbers(place, first):
+    change = ("name=several", "evaluation.repeats=11", "evaluation.batch_tokens=256", "cluster.workers=2")
+    command = [sys.executable, "-c", TELLING, "run", "job.yaml", *change]
+    done = subprocess.run(command, cwd=place.folder, env=place.environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (told,) = re.findall(r"shares \[(\d+), (\d+)\]", done.stdout)
+    assert min(map(int, told)) > 20
+    assert sum(map(int, told)) == 90
+    found = json.loads((place.plan(*change).results / "evaluation.json").read_text())
+    assert len(found) == 5
+    for e in found:
+        for name, value in evaluated(place)[e["name"]]["quality"].items():
+            assert e["quality"][name] == pytest.approx(value, abs=1e-5), (e["name"], name)
 
 
 def test_changed_and_killed_in_training_it_goes_on_from_the_checkpoint(place, first):

@@ -10,7 +10,7 @@ from tests.jobs import three
 from tests.jobs.place import furnished
 from tests.servers import Postgres, Server, without_postgres
 
-pytestmark = [pytest.mark.long, pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 TRIALS = 50
 ENDS = 10
@@ -82,15 +82,16 @@ def test_trials_run_on_both_nodes_and_each_node_has_curves_of_its_own(cluster, p
     assert f"search: {TRIALS} trials, 4 at once" in cluster.said[1]  # each node has two processors
     names = {name for (name,) in postgres.query("mlflow", "SELECT DISTINCT key FROM latest_metrics WHERE key LIKE 'system/%'")}
     nodes = {name.split("/")[1] for name in names}
-    assert nodes == {"node_0", "node_1", "node_2"}  # the node that joined has the number of the one that was lost
+    # The node that joined has the number of the one that was lost, or a fourth where it came before the other was known to be gone.
+    assert {"node_0", "node_1", "node_2"} <= nodes <= {f"node_{number}" for number in range(4)}
     for node in nodes:
         assert {f"system/{node}/{name}" for name in ("cpu_utilization_percentage", "system_memory_usage_percentage")} <= names
     tagged = dict(postgres.query("mlflow", "SELECT key, value FROM tags WHERE key LIKE 'distillery.node#_%' ESCAPE '#'"))
-    assert sorted(tagged) == [f"distillery.node_{number}" for number in range(3)]
-    assert [("role=teacher" in value, "role=student" in value) for _, value in sorted(tagged.items())] == [
-        (False, False), (False, True), (True, False),
-    ]  # fmt: skip
+    assert sorted(tagged) == [f"distillery.{node}" for node in sorted(nodes)]
+    roles = [value.partition("role=")[2].partition(",")[0] for _, value in sorted(tagged.items())]
+    assert roles == ["", "student", "teacher", "student"][: len(nodes)]
 
 
-def test_three_nodes_give_what_one_gives(place, cluster):
+def test_three_nodes_give_what_one_gives_in_less_than_ten_minutes(place, cluster):
+    assert cluster.seconds < 600
     assert three.differences(cluster, three.on_one_node(place, TRIALS)) == []

@@ -161,7 +161,7 @@ class WindowSchedule(Schedule):
         first, blocks = self._split.first, windows.blocks_of(steps, float(self._rows[window].mean()))
         typical = first.lengths[first.labelled] if self._labelled and len(first.labelled) else first.lengths
         plan = windows.plan_window(
-            rows.lengths, used, rows.offsets, its, typical, steps=steps, blocks=blocks, seed=self._training.seed, epoch=epoch
+            rows.lengths, used, rows.offsets, its, typical, steps=steps, blocks=blocks, seed=self._training.seed, epoch=epoch, number=place
         )  # fmt: skip
         return rows, plan
 

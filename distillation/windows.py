@@ -65,13 +65,13 @@ def blocks_of(steps: int, rows: float) -> int:
 
 def plan_window(
     lengths: np.ndarray, used: np.ndarray, offsets: np.ndarray, its: Sequence[Held], typical: np.ndarray,
-    *, steps: int, blocks: int, seed: int, epoch: int,
+    *, steps: int, blocks: int, seed: int, epoch: int, number: int,
 ) -> EpochPlan:  # fmt: skip
     """One rank's rows in each of the `steps` batches of a window, within a batch by rising length; some batches may have none of them.
 
     lengths: tokens of every row of the parts that it holds, one part after the other, [rows]. used: numbers of the rows to use, rising.
     offsets: first row of each part, and the end, [parts + 1]. typical: tokens of a sample of the split's rows, the same for all ranks,
-    [any number from 1 on]. blocks: see `blocks_of`.
+    [any number from 1 on]. blocks: see `blocks_of`. number: of the window in the epoch.
     """
     edges = np.linspace(0, steps, blocks + 1).round().astype(np.int64)
     widths = np.diff(edges)
@@ -94,6 +94,6 @@ def plan_window(
         mine = (turn >= part.low) & (turn < part.high)
         rows.append(shuffled[mine])
         batches.append(batch[mine])
-    found, batch = np.concatenate(rows), np.random.default_rng([seed, epoch]).permutation(steps)[np.concatenate(batches)]
+    found, batch = np.concatenate(rows), np.random.default_rng([seed, epoch, number, 1]).permutation(steps)[np.concatenate(batches)]
     order = np.lexsort((lengths[found], batch))
     return EpochPlan(found[order], np.searchsorted(batch[order], np.arange(steps + 1)))

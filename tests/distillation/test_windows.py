@@ -104,7 +104,7 @@ def test_ranks_hold_every_part_once_and_the_same_number_of_tokens(tokens, world_
 # ------------------------------------------------------------------------------------------------------------------- rows
 
 
-def planned(parts, steps, rank, world_size, used=None, seed=0, epoch=0, blocks=None, typical=None):
+def planned(parts, steps, rank, world_size, used=None, seed=0, epoch=0, number=0, blocks=None, typical=None):
     """Batches of one rank, as (part, row of the part). parts: lengths of the rows of each."""
     its = windows.held(np.arange(len(parts)), np.array([part.sum() for part in parts]), rank, world_size)
     lengths = np.concatenate([parts[each.part] for each in its])
@@ -113,7 +113,7 @@ def planned(parts, steps, rank, world_size, used=None, seed=0, epoch=0, blocks=N
     typical = parts[0] if typical is None else typical
     rows = np.array([i for i, name in enumerate(names) if used is None or name in used], np.int64)
     plan = windows.plan_window(
-        lengths, rows, offsets, its, typical, steps=steps, blocks=blocks or max(1, steps // 7), seed=seed, epoch=epoch
+        lengths, rows, offsets, its, typical, steps=steps, blocks=blocks or max(1, steps // 7), seed=seed, epoch=epoch, number=number
     )
     assert plan.steps == steps
     for step in range(steps):
@@ -150,11 +150,11 @@ def test_blocks_by_hand():
     assert windows.blocks_of(640, 10**6) == 10
 
 
-def test_order_follows_seed_and_epoch():
+def test_order_follows_seed_epoch_and_window():
     parts = [np.random.default_rng(i).integers(4, 40, 50) for i in range(3)]
     first = whole(parts, 6, 1)
     assert first == whole(parts, 6, 1)
-    assert len({str(each) for each in (first, whole(parts, 6, 1, seed=1), whole(parts, 6, 1, epoch=1))}) == 3
+    assert len({str(each) for each in (first, *(whole(parts, 6, 1, **{name: 1}) for name in ("seed", "epoch", "number")))}) == 4
 
 
 def sentences(generator, count):

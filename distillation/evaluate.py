@@ -23,6 +23,7 @@ from distillation.intervals import Better, Score, bounds, compare, redraw, score
 from distillation.models import use_bf16
 from distillation.network import Network
 from distillation.quality import Bin, Disagreement, against, confusion, disagreements, quality, reliability, require_labels
+from distillation.rows import Rows
 from distillation.store import Columns
 from distillation.tasks import Task
 
@@ -90,13 +91,10 @@ class _Opened:
     def __init__(
         self, models: Sequence[Candidate], columns: Columns, task: TaskConfig, labels: Sequence[str], device: torch.device
     ) -> None:
-        assert len({model.name for model in models}) == len(models), "names differ"
-        if isinstance(task, TextClassification | ImageClassification):
-            require_labels(columns.whole("label"), len(labels))
-        (self.teacher,) = (model.name for model in models if model.role == "teacher")
+        self.teacher = require_readable(models, columns, task, labels)
         self.loaded = {model.name: load_trained(model.folder, task, labels).to(device) for model in models}
-        self.columns = {model.name: columns if model.columns is None else model.columns for model in models}
-        self.rows = {model.name: rows_for(model.folder, self.columns[model.name], task, labels) for model in models}
+        self.columns = [model.columns or columns for model in models]
+        self.rows = {model.name: rows_for(model.folder, model.columns or columns, task, labels) for model in models}
 
     def gather(
         self, task: TaskConfig, batch_tokens: int, bf16: bool, device: torch.device, share: tuple[int, int] = (0, 1)
@@ -105,6 +103,15 @@ class _Opened:
         first, step = share
         batches = batches_of(self.rows[self.teacher].lengths, task, batch_tokens)[first::step]
         return gather(networks, self.rows, self.teacher, batches, bf16, device)
+
+
+def require_readable(models: Sequence[Candidate], columns: Columns, task: TaskConfig, labels: Sequence[str]) -> str:
+    """The teacher's name. Raises InputError where a label of the rows is none of the corpus's."""
+    assert len({model.name for model in models}) == len(models), "names differ"
+    if isinstance(task, TextClassification | ImageClassification):
+        require_labels(columns.whole("label"), len(labels))
+    (teacher,) = (model.name for model in models if model.role == "teacher")
+    return teacher
 
 
 def answers(
@@ -140,16 +147,24 @@ def evaluate(
     cannot be scored, and a teacher whose score leaves nothing to keep. Answers, latency and throughput share one precision.
     """
     device = torch.device(device)
-    bf16, one_label = use_bf16(precision, device), isinstance(task, TextClassification | ImageClassification)
-    opened = _Opened(models, columns, task, labels, device)
-    teacher, rows = opened.teacher, opened.rows
+    bf16, opened = use_bf16(precision, device), _Opened(models, columns, task, labels, device)
     found = opened.gather(task, batch_tokens, bf16, device) if found is None else found
+    pairs = [(opened.loaded[model.name], model.folder) for model in models]
+    measured = costs(pairs, opened.columns, task, labels, batch_tokens, bf16, device, threads, repeats, seed)
+    cost = {model.name: each for model, each in zip(models, measured, strict=True)}
+    return concluded(models, columns, task, labels, opened.rows, found, cost, bf16, device, seed)
+
+
+def concluded(
+    models: Sequence[Candidate], columns: Columns, task: TaskConfig, labels: Sequence[str], rows: Mapping[str, Rows],
+    found: Mapping[str, Gathered], cost: Mapping[str, dict[str, float]], bf16: bool, device: torch.device, seed: int,
+) -> list[Evaluation]:  # fmt: skip
+    """From what models said and cost, by name, to what they are worth."""
+    (teacher,) = (model.name for model in models if model.role == "teacher")
     # A perplexity is of tokens, which are others for another tokenizer; bits per byte are of the text.
     headline = "bits_per_byte" if any(its.other_places for its in rows.values()) else rows[teacher].task.headline
     judged = _judge(models, teacher, rows[teacher].task, found, columns, seed, headline)
-    pairs = [(opened.loaded[model.name], model.folder) for model in models]
-    measured = costs(pairs, list(opened.columns.values()), task, labels, batch_tokens, bf16, device, threads, repeats, seed)
-    cost = {model.name: each for model, each in zip(models, measured, strict=True)}
+    one_label = isinstance(task, TextClassification | ImageClassification)
     return [
         Evaluation(
             role=role,

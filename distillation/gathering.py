@@ -57,7 +57,7 @@ def gather(
     if isinstance(task.config, TokenClassification):
         for gathered in found.values():
             gathered.confusion = np.zeros((len(task.labels), len(task.labels)), np.int64)
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for chosen in batches:
             for name in (name for name in networks if rows[name].other_places):
                 _gather_alone(found[name], networks[name], rows[name], chosen, device)

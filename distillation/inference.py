@@ -221,15 +221,16 @@ def _latencies(models: Sequence[Any], rows: Sequence[Sequence[Inputs]], device: 
             for row in turn[:WARM_UP]:
                 model(**row)
             for j, row in enumerate(turn, start):
-                _wait(device)
+                wait(device)
                 begin = time.perf_counter()
                 model(**row)
-                _wait(device)
+                wait(device)
                 times[i, j] = 1000 * (time.perf_counter() - begin)
     return times
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -240,6 +241,6 @@ def _seconds(model: Any, batches: Sequence[Inputs], threads: int, device: torch.
     def run() -> None:
         for batch in batches:
             model(**batch)
-        _wait(device)
+        wait(device)
 
     return float(Timer("run()", globals={"run": run}, num_threads=threads).blocked_autorange(min_run_time=SECONDS).median)

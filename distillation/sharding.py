@@ -146,7 +146,8 @@ def look(folder: Path, task: TaskConfig, attention: str | None = None) -> tuple[
     if lost := sorted(name for name, value in own_tensors(model).items() if pieces.shape(name) != tuple(value.shape)):
         raise InputError(
             "DST-3207", "model lacks tensors", where=str(folder), expected="every tensor of the architecture, by its name",
-            found=f"{len(lost)} missing or of another shape: {', '.join(lost[:4])}", do="Save the model again with save_pretrained",
+            found=f"{len(lost)} missing or of another shape: {', '.join(lost[:4])}",
+            do="Save the model again with save_pretrained; an architecture whose tensors are renamed as it is loaded (ViT) takes shards: 1",
         )  # fmt: skip
     return model, pieces
 

@@ -183,6 +183,16 @@ def size_of(
         ) from error  # fmt: skip
 
 
+def size_of_trained(folder: Path, task: TaskConfig, tokens: int) -> dict[str, float]:
+    """As `size_of`, of a model in a folder, of which no weight is read."""
+    from transformers import AutoConfig
+
+    settings = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        network = models.new(settings, task).eval()
+    return _size_of(network, task, tokens)
+
+
 def _size_of(network: Any, task: TaskConfig, tokens: int) -> dict[str, float]:
     distinct = {id(tensor): tensor for tensor in network.state_dict(keep_vars=True).values()}  # shared ones are written once
     return {

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import ray
 
 from cluster import teaching, training
+from cluster.config import Role as ClusterRole
 from cluster.corpus import prepare as prepare_corpus
 from cluster.journal import Journal
 from cluster.links import environment_tags
@@ -23,11 +24,12 @@ from distillation.errors import ClusterError
 from distillation.evaluate import Candidate, Evaluation, Role, answers
 from distillation.evaluate import evaluate as evaluate_models
 from distillation.gathering import Gathered, added
+from distillation.in_step import evaluate_in_step
 from distillation.rows import open_columns
 from distillation.storage import Storage
 from distillation.store import Columns
 from jobs import report
-from jobs.config import dump, flat
+from jobs.config import JobConfig, dump, flat
 from jobs.estimate import require_budget
 from jobs.figures import figures
 from jobs.plan import Plan, Reading, Stage, require_possible
@@ -217,12 +219,14 @@ def on_test_split(context: Context, tested: Sequence[Tested]) -> list[Evaluation
         "settings": job.evaluation.model_dump(),
         "threads": job.evaluation.threads or cpus_per_worker(job.cluster, "student"), "gpus": job.cluster.group("student").gpus,
     }  # fmt: skip
+    if (role := _cut(job)) is not None:
+        made_from["shards"] = {role: job.cluster.group(role).shards}
     stage = f"evaluations/{store.fingerprint(made_from)}.json"
     if (known := _read_evaluation(plan.storage, stage)) is not None:
         progress.found("evaluation")
         return known
     with progress.stage("evaluation on the test split"):
-        found = _on_workers(plan, tested)
+        found = _evaluated(plan, tested)
         plan.storage.write(stage, json.dumps([e.model_dump(mode="json") for e in found], indent=1).encode())
     return found
 
@@ -300,27 +304,58 @@ def _read_evaluation(storage: Storage, path: str) -> list[Evaluation] | None:
         return None
 
 
-def _on_workers(plan: Plan, tested: Sequence[Tested]) -> list[Evaluation]:
-    """Evaluate in Ray tasks that have what a training worker has: the answers in several where there are many rows, costs in one."""
+def _evaluated(plan: Plan, tested: Sequence[Tested]) -> list[Evaluation]:
+    """Evaluate in Ray tasks that have what a training worker has: the answers in several where there are many rows, costs in one. Models that
+    no worker holds whole are evaluated by a group of workers.
+    """
     job = plan.job
-    group, cpus = job.cluster.group("student"), cpus_per_worker(job.cluster, "student")
     candidates = [((one.role, one.baseline), one.name, one.stage.folder, one.reading and one.reading.stage.folder) for one in tested]
-    where = {"num_cpus": cpus, "num_gpus": group.gpus, "label_selector": group.labels, "max_retries": job.cluster.max_failures}
-    what = job.cluster.storage, plan.corpus.folder, candidates, job.task, plan.labels(), job.evaluation.model_dump(), cpus
-    corpus = plan.found(plan.corpus)
-    assert corpus is not None
-    shares, found = min(group.most, -(-corpus.rows("test") // SHARE_ROWS)), None
+    what = job.cluster.storage, plan.corpus.folder, candidates, job.task, plan.labels(), job.evaluation.model_dump()
+    if (role := _cut(job)) is not None:
+        payload = {"key": job.name, "what": what, "cut": [one.name for one in tested if job.cluster.group(_held_by(one)).shards != 1]}
+        found: list[Evaluation] = training.run_workers(_evaluate_worker, payload, job.cluster, role, lambda *_: None)
+        return found
     try:
-        if shares > 1:
-            asked = ray.remote(**where)(answer_task)
-            found = added(ray.get([asked.remote(*what, (share, shares)) for share in range(shares)]))
-        evaluations: list[Evaluation] = ray.get(ray.remote(**where)(evaluate_task).remote(*what, found))
-        return evaluations
+        return _on_workers(plan, what)
     except ray.exceptions.RayError as error:
         raise unwrap(error) or ClusterError(
             "DST-6004", "a worker failed", where="evaluation", found=str(error).strip().splitlines()[-1],
             do="Run again; if memory ran out, lower evaluation.batch_tokens",
         ) from error  # fmt: skip
+
+
+def _held_by(one: Tested) -> ClusterRole:
+    return "teacher" if one.role == "teacher" else "student"
+
+
+def _cut(job: JobConfig) -> ClusterRole | None:
+    """Whose workers evaluate, where there are models that none of them holds whole."""
+    roles: tuple[ClusterRole, ...] = ("teacher", "student")
+    return next((role for role in roles if job.cluster.group(role).shards != 1), None)
+
+
+def _evaluate_worker(payload: dict[str, Any]) -> list[Evaluation]:
+    """Runs on every worker of a group."""
+    *where, task, labels, settings = payload["what"]
+    session = training.TrainSession(payload["box"], payload["key"], payload["shards"])
+    settings = {**settings, "threads": settings["threads"] or payload["threads"]}
+    opened, _ = _opened(*where, settings["threads"])
+    if session.mesh is None:  # a group that has one worker now holds everything whole
+        return evaluate_models(*opened, task, labels, device=session.device, **settings) if session.rank == 0 else []
+    return evaluate_in_step(*opened, task, labels, payload["cut"], session, **settings)
+
+
+def _on_workers(plan: Plan, what: tuple[Any, ...]) -> list[Evaluation]:
+    job, corpus = plan.job, plan.found(plan.corpus)
+    assert corpus is not None
+    group, cpus = job.cluster.group("student"), cpus_per_worker(job.cluster, "student")
+    where = {"num_cpus": cpus, "num_gpus": group.gpus, "label_selector": group.labels, "max_retries": job.cluster.max_failures}
+    shares, found = min(group.most, -(-corpus.rows("test") // SHARE_ROWS)), None
+    if shares > 1:
+        asked = ray.remote(**where)(answer_task)
+        found = added(ray.get([asked.remote(*what, cpus, (share, shares)) for share in range(shares)]))
+    evaluations: list[Evaluation] = ray.get(ray.remote(**where)(evaluate_task).remote(*what, cpus, found))
+    return evaluations
 
 
 def answer_task(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from cluster.config import ClusterConfig, WorkersConfig
 from cluster.teaching import teach
-from cluster.training import train
+from cluster.training import run_workers, train
 from distillation import fit, models, store
 from distillation.answers import answer_part, make_teacher
 from distillation.config import DenseLogits, Features, TargetsConfig, TrainingConfig
@@ -19,7 +19,8 @@ from distillation.loop import LocalSession
 from distillation.rows import Rows
 from distillation.store import Columns
 from distillation.tasks import build_task
-from tests.tiny import TASK, settings, world
+from jobs import stages
+from tests.tiny import LABELS, TASK, settings, world
 
 ROOT = Path(__file__).resolve().parents[2]
 # Ray Data warns of its own old settings whenever it makes its context, also with the defaults.
@@ -76,3 +77,24 @@ def test_a_student_cut_among_workers_is_trained_and_committed(storage):
     weights, cut = (load_file(fit.model_folder(storage, f"students/{name}") / "model.safetensors") for name in ("whole", "cut"))
     assert weights.keys() == cut.keys()
     assert all(torch.allclose(cut[name], value, atol=1e-4) for name, value in weights.items() if not name.endswith("key.bias"))
+
+
+def test_models_cut_among_workers_are_evaluated_as_whole_ones(storage):
+    """The students of the test before; 30 rows in a few batches for two workers."""
+    candidates = [((role, None), name, folder, None) for role, name, folder in (
+        ("teacher", "teacher", "teachers/t"), ("student", "cut", "students/cut"), ("student", "whole", "students/whole"),
+    )]  # fmt: skip
+    settings = {"threads": 1, "repeats": 10, "precision": "fp32", "batch_tokens": 64}
+    what = storage.uri, "corpora/c", candidates, TASK, LABELS, settings
+    cluster = ClusterConfig(
+        storage=storage.uri, workers=1, cpus_per_worker=1, max_failures=0, teacher=WorkersConfig(workers=2, shards=2)
+    )  # fmt: skip
+    payload = {"key": "k", "what": what, "cut": ["teacher"]}
+    found = run_workers(stages._evaluate_worker, payload, cluster, "teacher", lambda *_: None)
+    expected = stages.evaluate_task(*what, 1, None)
+    assert [e.name for e in found] == ["teacher", "cut", "whole"]
+    for mine, its in zip(found, expected, strict=True):
+        assert mine.quality == pytest.approx(its.quality, rel=1e-5)
+        assert mine.against == pytest.approx(its.against, abs=1e-5)
+        assert mine.cost.keys() == its.cost.keys()
+    assert [e.device for e in found] == ["2 x cpu", "cpu", "cpu"]

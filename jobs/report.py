@@ -76,8 +76,10 @@ def conditions(evaluations: Sequence[Evaluation]) -> str:
     lower = f"Of {METRICS[e.headline].title} less is better: retention is the teacher's over the model's. " if e.better == "min" else ""
     other = "A student has other tokens than its teacher, and perplexities do not compare. " if e.headline == "bits_per_byte" else ""
     scored = f", {e.positions:,} scored positions" if e.positions > e.rows else ""
+    where = list(dict.fromkeys(each.device for each in evaluations))
+    on = where[0] if len(where) == 1 else ", ".join(f"{' and '.join(x.name for x in evaluations if x.device == d)} on {d}" for d in where)
     return (
-        f"{e.rows:,} rows, {e.labelled:,} labelled{scored}; {e.device}, {e.precision}, {int(e.cost['threads'])} threads. "
+        f"{e.rows:,} rows, {e.labelled:,} labelled{scored}; {on}, {e.precision}, {int(e.cost['threads'])} threads. "
         f"± is half of a 95 % interval ({interval}). {lower}{other}"
         f"FLOPs: a row of median length. ms: one row at a time."
     )

@@ -143,6 +143,10 @@ def test_table_fits_120_columns_without_cutting_a_number(evaluations):
         assert all(cell in line for cell in cells(e))
     assert all(name in text for name in headings(evaluations))
     assert conditions(evaluations).startswith("2,400 rows, 2,400 labelled; cpu, bf16, 2 threads.")
+    first, *others = evaluations
+    apart = [first.model_copy(update={"device": "4 x cuda"}), *others[:2]]
+    told = f"; {first.name} on 4 x cuda, {others[0].name} and {others[1].name} on cpu, bf16"
+    assert told in conditions(apart)
 
 
 def test_square_brackets_in_a_name_are_text_not_markup(evaluations):

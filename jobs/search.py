@@ -23,11 +23,12 @@ from distillation.evaluate import Evaluation
 from jobs import report as job_report
 from jobs import stages
 from jobs.config import JobConfig, dump, flat
+from jobs.evaluation import Tested, on_test_split
 from jobs.figures import front_picture
 from jobs.pipeline import recorded, tracking_uri
 from jobs.plan import Plan, Stage, make_plan
 from jobs.progress import LOG_SECONDS
-from jobs.stages import Context, Tested
+from jobs.stages import Context
 from jobs.trainings import Trainings, cluster_of_trials
 from tuning import insight, report, views
 from tuning import search as tune
@@ -204,7 +205,7 @@ def _test(context: Context, search: Search, choice: dict[str, Any]) -> list[Eval
         else:
             baseline = baselines.get((trial.task.of, trial.task.seed))
             tested.append(Tested("student", trial.task.name, baseline.task.name if baseline else None, stage))
-    evaluations = stages.on_test_split(context, tested)
+    evaluations = on_test_split(context.plan, context.progress, tested)
     recorder, numbers = Recorder(context.journal, context.parent), {t.task.name: t.number for t in done}
     for e in evaluations:
         key = recorder.key(numbers[e.name]) if e.name in numbers else context.key(context.plan.lead)

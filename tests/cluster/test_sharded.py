@@ -19,7 +19,7 @@ from distillation.loop import LocalSession
 from distillation.rows import Rows
 from distillation.store import Columns
 from distillation.tasks import build_task
-from jobs import stages
+from jobs import evaluation
 from tests.tiny import LABELS, TASK, settings, world
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,8 +90,8 @@ def test_models_cut_among_workers_are_evaluated_as_whole_ones(storage):
         storage=storage.uri, workers=1, cpus_per_worker=1, max_failures=0, teacher=WorkersConfig(workers=2, shards=2)
     )  # fmt: skip
     payload = {"key": "k", "what": what, "cut": ["teacher"]}
-    found = run_workers(stages._evaluate_worker, payload, cluster, "teacher", lambda *_: None)
-    expected = stages.evaluate_task(*what, 1, None)
+    found = run_workers(evaluation._evaluate_worker, payload, cluster, "teacher", lambda *_: None)
+    expected = evaluation.evaluate_task(*what, 1, None)
     assert [e.name for e in found] == ["teacher", "cut", "whole"]
     for mine, its in zip(found, expected, strict=True):
         assert mine.quality == pytest.approx(its.quality, rel=1e-5)

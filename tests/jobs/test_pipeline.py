@@ -164,14 +164,14 @@ def started_until(place, file, *arguments):
 
 
 TELLING = """
-import jobs.stages
+import jobs.evaluation
 from jobs.cli import main
 
-whole = jobs.stages.added
+whole = jobs.evaluation.added
 def telling(shares):
     print("shares", [int((share["teacher"].said != 0).any(1).sum()) for share in shares])
     return whole(shares)
-jobs.stages.SHARE_ROWS, jobs.stages.added = 8, telling
+jobs.evaluation.SHARE_ROWS, jobs.evaluation.added = 8, telling
 main()
 """
 

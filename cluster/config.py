@@ -120,7 +120,7 @@ class ClusterConfig(Config):
     teacher: WorkersConfig = WorkersConfig()
     """Where teachers are trained and answer."""
     student: WorkersConfig = WorkersConfig()
-    """Where students are trained, and where everything is evaluated."""
+    """Where students are trained, and where everything is evaluated, but for what is cut: see docs/sharding.md."""
     data: DataConfig = DataConfig()
     storage: str = "distillery-storage"
     """Folder or URI that every node can write; holds corpora, target stores, models and runs."""

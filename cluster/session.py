@@ -65,11 +65,10 @@ def connect(config: ClusterConfig) -> Iterator[None]:
         if not isinstance(error, ConnectionError | RuntimeError | ValueError) and type(error) is not Exception:
             raise
         do = "Check cluster.address and the token, or leave the address out to run on this machine"
-        if config.address is None:
+        if type(error) is Exception:
             do = "Run again when the machine has less to do, or look into the logs of Ray in /tmp/ray/session_latest/logs"
-        raise ClusterError(
-            "DST-6001", "no Ray cluster", where=config.address or "this machine", found=str(error).splitlines()[0], do=do
-        ) from error
+        found = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ClusterError("DST-6001", "no Ray cluster", where=config.address or "this machine", found=found, do=do) from error
     if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put in one of its own, which ends the program with exit code 15
     try:

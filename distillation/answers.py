@@ -12,7 +12,7 @@ from torch import Tensor
 from distillation.batches import sorted_batches
 from distillation.config import SampledLogits, TargetsConfig, TopKLogits
 from distillation.errors import InputError
-from distillation.network import Network, observe
+from distillation.network import Network, mixed, observe
 from distillation.rows import QUANTUM, Rows
 from distillation.signals import TeacherSignal, classes_of
 
@@ -77,7 +77,7 @@ def keep_company(teacher: Network, rows: Rows, times: int, bf16: bool, device: t
     """Run a sharded teacher on a row whose answer nobody needs, because other shards still have rows to answer."""
     batch = rows.batch(np.argsort(rows.lengths)[:1]).to(device)
     for _ in range(times):
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with mixed([teacher], bf16, device):
             teacher(batch.inputs, batch.scored, batch.tokens, batch.lengths)
 
 

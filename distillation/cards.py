@@ -142,6 +142,7 @@ ABOUT = {
 def card(student: Evaluation, evaluations: Sequence[Evaluation], facts: Facts, verdict: str = "") -> str:
     """The model card: YAML front matter as the Hugging Face hub reads it, then Markdown."""
     about = ABOUT[facts.task.type]
+    elsewhere = [e.device for e in evaluations if e.role == "teacher" and e.device != student.device]
     return CARD.format(
         front=f"---\n{_front(student, facts, about)}\n---",
         name=student.name,
@@ -151,7 +152,7 @@ def card(student: Evaluation, evaluations: Sequence[Evaluation], facts: Facts, v
         verdict=verdict,
         rows=student.rows,
         labelled=student.labelled,
-        device=student.device,
+        device=student.device + "".join(f"; the teacher on {device}" for device in elsewhere),
         precision=student.precision,
         threads=int(student.cost["threads"]),
         intervals="Wilson for accuracy, paired bootstrap over rows for retention" if student.headline == "accuracy" else "paired bootstrap over rows",

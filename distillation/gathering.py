@@ -5,9 +5,9 @@ Legend: n rows, m statistics of the task, N scored positions of a batch, c class
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distillation.config import ONLY, CausalLM, Embedding, MaskedLM, TokenClassification
 from distillation.inference import require_finite
-from distillation.network import Network
+from distillation.network import Network, mixed
 from distillation.rows import Rows
 from distillation.signals import UNLABELLED, Batch, Outputs, TeacherSignal
 from distillation.tasks import Task
@@ -33,16 +33,32 @@ class Gathered:
     """Labelled positions by [label][answer], of token classification."""
 
 
-def added(shares: Sequence[Mapping[str, Gathered]]) -> dict[str, Gathered]:
-    """What was gathered over batches that make a split together: each row is in one share, and nothing of it in the others."""
-    return {name: functools.reduce(_add_up, (share[name] for share in shares)) for name in shares[0]}
+class Share(NamedTuple):
+    """What models said about some rows of a split."""
+
+    rows: np.ndarray
+    """Their numbers. [s]"""
+    said: dict[str, Gathered]
+    """By model; n is s."""
 
 
-def _add_up(one: Gathered, other: Gathered) -> Gathered:
-    def both(a: np.ndarray | None, b: np.ndarray | None) -> np.ndarray | None:
-        return b if a is None else a if b is None else a + b
+def share_of(found: Mapping[str, Gathered], rows: np.ndarray) -> Share:
+    """The part of what was gathered that is about these rows."""
+    return Share(
+        rows, {name: Gathered(g.sums[rows], g.said[rows] if g.said is not None else None, g.confusion) for name, g in found.items()}
+    )
 
-    return Gathered(one.sums + other.sums, both(one.said, other.said), both(one.confusion, other.confusion))
+
+def together(shares: Sequence[Share]) -> dict[str, Gathered]:
+    """Of shares that make a split: what one pass over it would have gathered."""
+    place, found = np.argsort(np.concatenate([share.rows for share in shares])), {}
+    for name in shares[0].said:
+        each = [share.said[name] for share in shares if len(share.rows)]
+        sums = np.concatenate([g.sums for g in each])[place]
+        said = [g.said for g in each if g.said is not None]
+        confusion = [g.confusion for g in each if g.confusion is not None]
+        found[name] = Gathered(sums, np.concatenate(said)[place] if said else None, np.sum(confusion, axis=0) if confusion else None)
+    return found
 
 
 def gather(
@@ -57,7 +73,7 @@ def gather(
     if isinstance(task.config, TokenClassification):
         for gathered in found.values():
             gathered.confusion = np.zeros((len(task.labels), len(task.labels)), np.int64)
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with torch.no_grad(), mixed(networks.values(), bf16, device):
         for chosen in batches:
             for name in (name for name in networks if rows[name].other_places):
                 _gather_alone(found[name], networks[name], rows[name], chosen, device)

@@ -22,7 +22,7 @@ from distillation.evaluate import Candidate, Evaluation, concluded, require_read
 from distillation.gathering import Gathered, gather
 from distillation.inference import LOGITS, NAMED, THROUGHPUT_ROWS, WARM_UP, Precision, batches_of, costs, load_trained, rows_for, wait
 from distillation.models import use_bf16
-from distillation.network import Network
+from distillation.network import Network, mixed
 from distillation.rows import Rows
 from distillation.signals import Batch
 from distillation.store import Columns
@@ -50,31 +50,29 @@ def evaluate_in_step(
     threads, before = threads or torch.get_num_threads(), torch.get_num_threads()
     torch.set_num_threads(threads)
     timed = {
-        model.name: _timed(networks[model.name], rows[model.name], task, batch_tokens, bf16, device, repeats, seed)
+        model.name: _timed(networks[model.name], rows[model.name], task, batch_tokens, bf16, session, repeats, seed)
         for model in models if model.name in cut
     }  # fmt: skip
     torch.set_num_threads(before)
-    for name in cut:
-        sharding.release(networks[name])
-    evaluations: list[Evaluation] = []
-    if session.rank == 0:
-        alone = [model for model in models if model.name not in cut]
-        pairs, read = [(loaded[model.name], model.folder) for model in alone], [model.columns or columns for model in alone]
-        measured = costs(pairs, read, task, labels, batch_tokens, bf16, device, threads, repeats, seed) if alone else []
-        cost = {model.name: each for model, each in zip(alone, measured, strict=True)}
-        median = int(np.sort(rows[teacher].lengths)[len(columns) // 2])
-        for model in models:
-            if model.name in cut:
-                size = sum(file.stat().st_size for file in model.folder.glob("*.safetensors"))
-                cost[model.name] = {**size_of_trained(model.folder, task, median), "bytes": size, **timed[model.name], "threads": threads}
-        assert session.mesh is not None
-        together = f"{session.mesh.size(1)} x {device}"
-        evaluations = [
-            e.model_copy(update={"device": together}) if e.name in cut else e
-            for e in concluded(models, columns, task, labels, rows, found, cost, bf16, device, seed)
-        ]
-    session.all_reduce(torch.zeros(1, device=device))  # nobody leaves before
-    return evaluations
+    session.all_reduce(torch.zeros(1, device=device))  # from here on rank 0 needs no other
+    if session.rank != 0:
+        return []
+    assert session.mesh is not None
+    alone = [model for model in models if model.name not in cut]
+    pairs, read = [(loaded[model.name], model.folder) for model in alone], [model.columns or columns for model in alone]
+    measured = costs(pairs, read, task, labels, batch_tokens, bf16, device, threads, repeats, seed) if alone else []
+    cost = {model.name: each for model, each in zip(alone, measured, strict=True)}
+    median = np.argsort(rows[teacher].lengths, kind="stable")[len(columns) // 2]
+    for model in models:
+        if model.name in cut:
+            size = sum(file.stat().st_size for file in model.folder.glob("*.safetensors"))
+            sizes = size_of_trained(model.folder, task, int(rows[model.name].lengths[median]))
+            cost[model.name] = {**sizes, "bytes": size, **timed[model.name], "threads": threads}
+    where = f"{session.mesh.size(1)} x {device.type}"
+    return [
+        e.model_copy(update={"device": where}) if e.name in cut else e
+        for e in concluded(models, columns, task, labels, rows, found, cost, bf16, device, seed)
+    ]
 
 
 def _part(folder: Path, task: TaskConfig, labels: Sequence[str], session: Ranks) -> Network:
@@ -114,9 +112,13 @@ def _gathered(
 
 
 def _timed(
-    network: Network, rows: Rows, task: TaskConfig, batch_tokens: int, bf16: bool, device: torch.device, repeats: int, seed: int
+    network: Network, rows: Rows, task: TaskConfig, batch_tokens: int, bf16: bool, session: Ranks, repeats: int, seed: int
 ) -> dict[str, float]:
-    """latency_ms_p50 and the like, as `inference.cost` measures them, of a model that all ranks hold together and ask at once."""
+    """latency_ms_p50 and the like, as `inference.cost` measures them, of a model that the workers of a mesh hold together and ask at once:
+    each answers rows, and what all that hold one model answer in a second counts.
+    """
+    device, mesh = session.device, session.mesh
+    assert mesh is not None
     drawn = np.random.default_rng(seed).permutation(len(rows))
     sample = drawn[:THROUGHPUT_ROWS]
     if isinstance(task, CausalLM | MaskedLM):
@@ -128,16 +130,17 @@ def _timed(
         wait(device)
         started = time.perf_counter()
         for batch in batches:
-            outputs = network(batch.inputs, batch.scored, batch.tokens, batch.lengths)
+            places = batch.tokens if network.lazy else batch.scored  # a whole language model says something at every token
+            outputs = network(batch.inputs, places, batch.tokens, batch.lengths)
             for piece in outputs.chunks():
                 outputs.logits_of(piece)
         wait(device)
         return time.perf_counter() - started
 
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with torch.no_grad(), mixed([network], bf16, device):
         seconds(singles[:WARM_UP])
         milliseconds = [1000 * seconds([single]) for single in singles]
-        whole = float(np.median([seconds(cut) for _ in range(PASSES)]))
+        whole = float(np.median([seconds(cut) for _ in range(PASSES)])) / mesh.size(1)
     found = {f"latency_ms_p{q}": float(np.percentile(milliseconds, q)) for q in (50, 95)} | {"rows_per_second": len(sample) / whole}
     if not isinstance(task, ImageClassification):
         found["tokens_per_second"] = float(rows.lengths[sample].sum()) / whole

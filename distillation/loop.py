@@ -29,6 +29,7 @@ from distillation.curves import Curve
 from distillation.errors import DivergedError
 from distillation.losses import at, gradient_squares, unit_of, weigh
 from distillation.models import use_bf16
+from distillation.network import mixed
 from distillation.rows import Rows, Split
 from distillation.schedule import GlobalBatch, schedule, together_of
 from distillation.sharding import gathered, release
@@ -301,7 +302,7 @@ class Fit:
                 each.eval()
             for number, piece in enumerate(work.pieces):
                 batch = self._batch(work.rows, piece, step)
-                with torch.no_grad(), torch.autocast(self.session.device.type, torch.bfloat16, enabled=self._bf16):
+                with torch.no_grad(), mixed([self.module], self._bf16, self.session.device):
                     outputs = self._forward(self.module, batch)
                 if number >= work.mine:
                     continue
@@ -359,7 +360,7 @@ class Fit:
             rounds = int(session.all_reduce(each).max())
         for number, piece in enumerate(mine + batches[:1] * (rounds - len(mine))):
             batch = self._told(rows.batch(piece).to(session.device))
-            with torch.autocast(session.device.type, torch.bfloat16, enabled=self._bf16):
+            with mixed([self.module], self._bf16, session.device):
                 outputs = self._forward(self.module, batch)
             if number >= len(mine):  # computed with the other shards of the model; the rows are another rank's
                 continue

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -160,6 +160,14 @@ def order_head(model: Any, labels: Sequence[str], where: str) -> list[int]:
     return order
 
 
+def mixed(networks: Iterable[nn.Module], bf16: bool, device: torch.device) -> torch.autocast:
+    """bf16 where it helps, for forward passes without gradients. Autocast keeps what it has cast until it ends: of a model that is cut among
+    workers that would be all of it.
+    """
+    cut = any(hasattr(parameter, "full_tensor") for network in networks for parameter in network.parameters())
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=not cut)
+
+
 def observe(teacher: Network, batch: Batch, bf16: bool, logits: LogitsConfig | None, features: Features | None) -> TeacherSignal:
     """Run a live teacher over a batch: no gradient, evaluation mode, results in fp32.
 
@@ -167,7 +175,7 @@ def observe(teacher: Network, batch: Batch, bf16: bool, logits: LogitsConfig | N
     """
     count_answers(len(batch.ids))
     teacher.eval()
-    with torch.no_grad(), torch.autocast(batch.scored.device.type, torch.bfloat16, enabled=bf16):
+    with torch.no_grad(), mixed([teacher], bf16, batch.scored.device):
         outputs = teacher(batch.inputs, batch.scored, batch.tokens, batch.lengths)
         said = _compressed(outputs, batch, logits)
     inner: dict[str, Any] = {

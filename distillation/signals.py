@@ -196,7 +196,7 @@ class Outputs:
     def head_on(self, states: Tensor) -> Tensor:
         """[positions, C] of some of `states`, in the precision that the model ran in, also where its autocast is over."""
         assert self.head is not None
-        with torch.autocast(states.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(states.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=torch.is_autocast_cache_enabled()):
             logits: Tensor = self.head(states if self.bf16 else states.to(next(self.head.parameters()).dtype))
         return logits
 

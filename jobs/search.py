@@ -205,7 +205,9 @@ def _test(context: Context, search: Search, choice: dict[str, Any]) -> list[Eval
         else:
             baseline = baselines.get((trial.task.of, trial.task.seed))
             tested.append(Tested("student", trial.task.name, baseline.task.name if baseline else None, stage))
-    evaluations = on_test_split(context.plan, context.progress, tested)
+    cluster = context.plan.job.cluster
+    whole = cluster.model_copy(update={"student": cluster.student.model_copy(update={"shards": 1})})  # as the trials were
+    evaluations = on_test_split(context.plan, context.progress, tested, whole)
     recorder, numbers = Recorder(context.journal, context.parent), {t.task.name: t.number for t in done}
     for e in evaluations:
         key = recorder.key(numbers[e.name]) if e.name in numbers else context.key(context.plan.lead)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from distillation import inference, intervals, neighbours, signals
 from distillation.errors import InputError
 from distillation.evaluate import Candidate, Evaluation, answers, evaluate
-from distillation.gathering import added
+from distillation.gathering import together
 from distillation.inference import costs, load_trained
 from distillation.models import set_labels
 from tests import kinds
@@ -32,7 +32,7 @@ def judge(kind, columns, teacher, student=None, baseline=None, shares=1, batch_t
     models += [Candidate("baseline", "baseline", baseline)] if baseline else []
     task = TASKS[kind].model_copy(update=changes)
     about, how = (models, columns, task, LABELS.get(kind, ())), {"precision": "fp32", "batch_tokens": batch_tokens}
-    found = added([answers(*about, (share, shares), **how) for share in range(shares)]) if shares > 1 else None
+    found = together([answers(*about, (share, shares), **how) for share in range(shares)]) if shares > 1 else None
     return {e.name: e for e in evaluate(*about, found=found, threads=1, repeats=2, **how)}
 
 

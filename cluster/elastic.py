@@ -25,6 +25,7 @@ GROW_SECONDS = 30.0
 SETTLE_SECONDS = 1.0
 """For which the number of workers that fit has to stay the same before a group starts."""
 TELL_SECONDS = 10.0
+NOTICE_SECONDS = 3.0
 
 _log = logging.getLogger(__name__)
 
@@ -123,3 +124,17 @@ def watching(box: Any, group: Group, count: int, resources: Mapping[str, float])
     finally:
         done.set()
         thread.join()
+
+
+class Notice:
+    """Whether the node of this process is about to go, as a cloud says some time before it takes a machine back."""
+
+    def __init__(self) -> None:
+        self._node, self._given, self._asked = ray.get_runtime_context().get_node_id(), False, time.monotonic()
+
+    def given(self) -> bool:
+        """Looks up now and then only: to be called in every step."""
+        if not self._given and time.monotonic() - self._asked > NOTICE_SECONDS:
+            self._asked = time.monotonic()
+            self._given = self._node in state.get_draining_nodes()
+        return self._given

@@ -22,11 +22,12 @@ import torch
 
 from cluster import training
 from cluster.config import ClusterConfig, Group
+from cluster.elastic import Notice
 from cluster.metrics import Meter, at_work
 from distillation import fit, inference, models
 from distillation.config import FitConfig
 from distillation.errors import DistilleryError
-from distillation.loop import LocalSession
+from distillation.loop import Left, LocalSession
 from distillation.rows import open_columns
 from distillation.storage import Storage
 from distillation.students import Probe
@@ -37,6 +38,10 @@ FLUSH_SECONDS = 10.0
 
 FAILURES = (DistilleryError, RuntimeError, ValueError, TypeError, LookupError, OSError, ArithmeticError, MemoryError)
 """What a training may raise and the search goes on after; torch's out-of-memory error is a RuntimeError."""
+
+
+class TakenBack(Exception):
+    """A trial made way because its node is about to go."""
 
 
 def run_trial(config: dict[str, Any]) -> None:
@@ -59,6 +64,8 @@ def run_trial(config: dict[str, Any]) -> None:
         else:
             result = _train_on_workers(config["work"], reporter, key)
         reporter.finish("finished", seconds=time.monotonic() - started, answered=int(result.get("teacher_rows", 0)))
+    except Left:
+        raise TakenBack("the node of the trial is taken back; what it did is saved") from None  # Tune tries again, on another one
     except FAILURES as error:
         if isinstance(error, ray.exceptions.RayError):  # the cluster's fault, not the trial's: Tune tries again
             raise
@@ -120,11 +127,14 @@ class TrialSession(LocalSession):
 
     def __init__(self, reporter: Reporter, device: str, meter: Meter) -> None:
         super().__init__(device)
-        self._reporter, self._meter = reporter, meter
+        self._reporter, self._meter, self._notice = reporter, meter, Notice()
 
     def report(self, metrics: Mapping[str, float], step: int) -> None:
         self._meter.point(metrics, step)
         self._reporter.point(metrics, step)
+
+    def leave(self, step: int) -> bool:
+        return self._notice.given()
 
 
 def _train_on_workers(work: Mapping[str, Any], reporter: Reporter, key: str) -> dict[str, float]:

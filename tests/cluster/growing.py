@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from cluster.training import TrainSession, run_workers
 from distillation import fit
 from distillation.batches import plan_epoch
 from distillation.config import FitConfig
+from distillation.loop import Left
 from distillation.rows import Rows
+from tuning.trials import TrialSession
 
 ROOT = Path(__file__).resolve().parents[2]
 PREEMPTION = 2
@@ -119,6 +122,21 @@ def noting_worker(payload: dict[str, Any]) -> dict[str, float]:
 
     Rows.batch = batch  # type: ignore[method-assign]
     return fit.train(FitConfig.model_validate(payload["fit"]), session, {})
+
+
+def trial(config: dict[str, Any], mark: Path) -> int | None:
+    """A trial's training, slowly. The steps that it had done when it made way, into `mark` as it goes."""
+
+    def point(metrics: Mapping[str, float], step: int) -> None:
+        mark.write_text(str(step))
+        time.sleep(0.3)
+
+    reporter, meter = SimpleNamespace(point=point), SimpleNamespace(point=lambda *_: None)
+    try:
+        fit.train(FitConfig.model_validate(config), TrialSession(reporter, "cpu", meter), {})  # type: ignore[arg-type]
+    except Left:
+        return int(mark.read_text())
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------- notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import ray
 
 from cluster import elastic
 from cluster.config import ClusterConfig
@@ -10,6 +11,7 @@ from distillation import fit
 from distillation.config import DenseLogits, TargetsConfig, TrainingConfig
 from distillation.loop import LocalSession
 from tests.cluster import growing
+from tests.servers import until
 from tests.tiny import rows_of, settings, world
 
 # Ray Data warns of its own old settings whenever it makes its context, also with the defaults.
@@ -64,3 +66,15 @@ def test_four_workers_become_two_three_and_one(storage, tmp_path):
     last = [metrics for _, metrics in events.points if "cluster/workers" in metrics][-1]
     assert last["cluster/restarts"] == 3
     assert 0 < last["cluster/wasted_steps"] == found.wasted() <= 2 * EVERY
+
+
+def test_a_trial_saves_and_makes_way_when_its_node_is_taken_back(storage, tmp_path):
+    mark, config = tmp_path / "step", settings(storage, "s", training=plan(checkpoint_every=0, batch_tokens=256), keep_model=False)
+    with growing.nodes(1) as nodes:
+        running = ray.remote(num_cpus=1, max_retries=0)(growing.trial).remote(config.model_dump(mode="json"), mark)
+        until(lambda: mark.exists() and int(mark.read_text() or 0) >= 2, 60)
+        nodes.notify(1)
+        reached = ray.get(running, timeout=60)
+    assert reached is not None
+    assert reached < rows_of(storage).lengths.sum() * EPOCHS / 256
+    assert fit.train(config, LocalSession(), {})["resumed_at"] == reached

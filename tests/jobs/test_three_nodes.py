@@ -89,7 +89,7 @@ def test_trials_run_on_both_nodes_and_each_node_has_curves_of_its_own(cluster, p
     tagged = dict(postgres.query("mlflow", "SELECT key, value FROM tags WHERE key LIKE 'distillery.node#_%' ESCAPE '#'"))
     assert sorted(tagged) == [f"distillery.{node}" for node in sorted(nodes)]
     roles = [value.partition("role=")[2].partition(",")[0] for _, value in sorted(tagged.items())]
-    assert roles == ["", "student", "teacher", "student"][: len(nodes)]
+    assert roles == ["head", "student", "teacher", "student"][: len(nodes)]
 
 
 def test_three_nodes_give_what_one_gives_in_less_than_ten_minutes(place, cluster):

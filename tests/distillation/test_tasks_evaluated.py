@@ -80,6 +80,14 @@ def test_every_task_is_evaluated(tmp_path, kind):
     points = e.quality[name] - same.quality[name] if e.better == "max" else 1 - e.quality[name] / same.quality[name]
     assert e.against["gain"] == pytest.approx(100 * points)
     assert ("mcnemar_p" in e.against) == (name == "accuracy")
+    assert ("kl_to_teacher" in e.against) == (kind not in ("regression", "embedding"))
+    assert same.against.get("kl_to_teacher", 0.0) == pytest.approx(0.0, abs=1e-6)
+    assert same.against.get("agreement", 1.0) == 1.0
+    assert same.against.get("mse_to_teacher", 0.0) == same.against.get("cosine_to_teacher", 1.0) - 1 == pytest.approx(0.0, abs=1e-6)
+    assert ("tokens_per_second" in e.cost) == (kind != "image_classification")
+    assert e.cost["flops"] > 0 < e.cost["latency_ms_p50"]
+    assert bool(e.reliability) == bool(e.disagreements) == (name == "accuracy")
+    assert Evaluation.model_validate(json.loads(e.model_dump_json())) == e
     # Three workers, each with some of the batches, find the same to the last bit; of one batch two have nothing.
     for batch_tokens in (64, 8192):
         one, three = (judge(kind, columns, teacher, student, teacher, shares=n, batch_tokens=batch_tokens) for n in (1, 3))

@@ -17,7 +17,7 @@ from scipy.stats import spearmanr
 from distillation import neighbours
 from distillation.config import Embedding, ImageClassification, Regression, TaskConfig, TextClassification
 from distillation.errors import InputError
-from distillation.gathering import Gathered, Share, gather, share_of, together
+from distillation.gathering import Gathered, Share, gather, share_of
 from distillation.inference import Precision, batches_of, costs, load_trained, ratios, rows_for
 from distillation.intervals import Better, Score, bounds, compare, redraw, scored
 from distillation.models import use_bf16
@@ -96,12 +96,12 @@ class _Opened:
         self.columns = [model.columns or columns for model in models]
         self.rows = {model.name: rows_for(model.folder, model.columns or columns, task, labels) for model in models}
 
-    def gather(self, task: TaskConfig, batch_tokens: int, bf16: bool, device: torch.device, first: int = 0, step: int = 1) -> Share:
-        """Of every `step`-th batch from the first on."""
+    def gather(self, batches: Sequence[np.ndarray], task: TaskConfig, bf16: bool, device: torch.device) -> dict[str, Gathered]:
         networks = {name: Network(model, task).eval() for name, model in self.loaded.items()}
-        batches = batches_of(self.rows[self.teacher].lengths, task, batch_tokens)[first::step]
-        found = gather(networks, self.rows, self.teacher, batches, bf16, device)
-        return share_of(found, np.concatenate([np.zeros(0, np.int64), *batches]))
+        return gather(networks, self.rows, self.teacher, batches, bf16, device)
+
+    def batches(self, task: TaskConfig, batch_tokens: int) -> list[np.ndarray]:
+        return batches_of(self.rows[self.teacher].lengths, task, batch_tokens)
 
 
 def require_readable(models: Sequence[Candidate], columns: Columns, task: TaskConfig, labels: Sequence[str]) -> str:
@@ -120,8 +120,10 @@ def answers(
     """What every model says about share (i, n) of the rows: of all batches every n-th from the i-th on. `gathering.together` makes of all shares
     what `evaluate` takes: the numbers are those of one pass over all. Raises as `evaluate` does.
     """
-    device = torch.device(device)
-    return _Opened(models, columns, task, labels, device).gather(task, batch_tokens, use_bf16(precision, device), device, *share)
+    device, (first, step) = torch.device(device), share
+    opened = _Opened(models, columns, task, labels, device)
+    mine = opened.batches(task, batch_tokens)[first::step]
+    return share_of(opened.gather(mine, task, use_bf16(precision, device), device), np.concatenate([np.zeros(0, np.int64), *mine]))
 
 
 def evaluate(
@@ -147,7 +149,7 @@ def evaluate(
     """
     device = torch.device(device)
     bf16, opened = use_bf16(precision, device), _Opened(models, columns, task, labels, device)
-    found = together([opened.gather(task, batch_tokens, bf16, device)]) if found is None else found
+    found = opened.gather(opened.batches(task, batch_tokens), task, bf16, device) if found is None else found
     pairs = [(opened.loaded[model.name], model.folder) for model in models]
     measured = costs(pairs, opened.columns, task, labels, batch_tokens, bf16, device, threads, repeats, seed)
     cost = {model.name: each for model, each in zip(models, measured, strict=True)}

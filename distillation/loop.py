@@ -269,15 +269,21 @@ class Fit:
         found = {rank: self._pieces(batch, rank) for rank in ranks}
         mine, rounds = found[session.rank], [len(pieces) for pieces in found.values()]
         if not batch.whole:
-            each = torch.zeros(session.world_size, dtype=torch.float64)
-            each[session.rank] = len(mine)
-            exact = session.all_reduce(torch.cat([torch.tensor(told, dtype=torch.float64), each]).to(session.device)).tolist()
+            exact = session.all_reduce(
+                torch.cat([torch.tensor(told, dtype=torch.float64), self._slot(len(mine))]).to(session.device)
+            ).tolist()
             told = [int(value) for value in exact[: len(told)]]
             rounds = [int(value) for value in exact[len(told) :]] if session.mesh is not None else rounds
         size, tokens, *counts = told
         idle = batch.numbers[:1] if batch.whole else np.zeros(1, np.int64)  # any row: it counts nothing
         pieces = mine + [idle] * (max([1, *rounds]) - len(mine))
         return Work(rows, pieces, len(mine), dict(zip(losses, counts, strict=True)), size, tokens)
+
+    def _slot(self, value: int) -> Tensor:
+        """This rank's number among those of all: added up over the ranks it holds every one. [ranks] fp64"""
+        slots = torch.zeros(self.session.world_size, dtype=torch.float64)
+        slots[self.session.rank] = value
+        return slots
 
     def _pieces(self, batch: GlobalBatch, rank: int) -> list[np.ndarray]:
         """A rank's share of a global batch, in microbatches."""
@@ -354,10 +360,10 @@ class Fit:
         batches = sorted_batches(rows.lengths, self.training.microbatch_tokens)
         mine = batches if self._scored_alone else batches[session.rank :: session.world_size]
         rounds = len(mine)
-        if session.mesh is not None:
-            each = torch.zeros(session.world_size, device=session.device)
-            each[session.rank] = rounds
-            rounds = int(session.all_reduce(each).max())
+        if session.mesh is not None and self._scored_alone:
+            rounds = int(session.all_reduce(self._slot(rounds).to(session.device)).max())
+        elif session.mesh is not None:
+            rounds = -(-len(batches) // session.world_size)
         for number, piece in enumerate(mine + batches[:1] * (rounds - len(mine))):
             batch = self._told(rows.batch(piece).to(session.device))
             with mixed([self.module], self._bf16, session.device):

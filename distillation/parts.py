@@ -9,7 +9,6 @@ from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
 MANY = 4096
@@ -67,9 +66,6 @@ class Parts(Sequence[FileRecord]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(other) == len(self) and all(a == b for a, b in zip(self, other, strict=True))
 
-    def sum(self, column: str) -> int:
-        return int(pc.sum(self._table[column]).as_py() or 0)
-
     def column(self, name: str) -> np.ndarray:
         return np.asarray(self._table[name])
 
@@ -81,7 +77,7 @@ def numbers(parts: Sequence[FileRecord], column: str) -> np.ndarray:
 
 def total(parts: Sequence[FileRecord], column: str) -> int:
     """Sum of a column over parts."""
-    return parts.sum(column) if isinstance(parts, Parts) else sum(getattr(part, column) for part in parts)
+    return int(numbers(parts, column).sum())
 
 
 def _record(row: Mapping[str, Any]) -> FileRecord:

@@ -146,10 +146,11 @@ class Split:
             its = store.require(storage, folder, "targets")
             # Of a reading, what was said about the corpus that it reads.
             answered, parts = manifest.facts.get("reads", manifest.fingerprint), its.splits.get(split, ())
-            if its.facts["corpus"] != answered or not np.array_equal(numbers(parts, "rows"), numbers(self.parts, "rows")):
+            same = np.array_equal(numbers(parts, "rows"), numbers(self.parts, "rows"))
+            if its.facts["corpus"] != answered or not same:
                 raise InputError(
                     "DST-3110", "targets belong to another corpus", where=storage.path(folder), expected=answered,
-                    found=str(its.facts["corpus"]), do="Run `distill teach` again",
+                    found=f"{its.facts['corpus']}{'' if same else ', in other parts'}", do="Run `distill teach` again",
                 )  # fmt: skip
             self._folders[name], self.said[name] = (folder, parts), TargetsConfig.model_validate(its.facts["targets"])
 

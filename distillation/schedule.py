@@ -112,10 +112,9 @@ class WindowSchedule(Schedule):
     def __init__(self, split: Split, labelled: bool, training: TrainingConfig, rank: int, world_size: int) -> None:
         self._split, self._labelled, self._training, self._rank, self._world_size = split, labelled, training, rank, world_size
         self._tokens, self._rows = (numbers(split.parts, name) * (split.labelled_share if labelled else 1.0) for name in ("tokens", "rows"))
-        self._dealt: tuple[int, list[np.ndarray]] = (-1, [])
         knots, seen = [[0, 0, 0]], np.zeros(2)
         for epoch in itertools.count() if training.steps and self._rows.any() else range(training.epochs or 0):
-            for window in self._of(epoch):
+            for window in self._deal(epoch):
                 rows, tokens = (float(each[window].sum()) for each in (self._rows, self._tokens))
                 seen += rows, tokens
                 # Of two rows a batch or more, so that none is empty.
@@ -124,9 +123,10 @@ class WindowSchedule(Schedule):
             if training.steps and knots[-1][0] >= training.steps:
                 break
         super().__init__(np.array(knots, np.int64), training)
-        self._each = len(self._of(0))
-        self._opened: tuple[int, Rows | None, EpochPlan | None] = (-1, None, None)
-        self._next: tuple[int, Future[tuple[Rows, EpochPlan]] | None] = (-1, None)
+        self._each = len(self._deal(0))
+        self._number = -1
+        self._now: tuple[Rows, EpochPlan] | None = None
+        self._next: Future[tuple[Rows, EpochPlan]] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="window")
 
     def locate(self, position: Position) -> Position:
@@ -135,16 +135,15 @@ class WindowSchedule(Schedule):
 
     def batch(self, position: Position) -> GlobalBatch:
         number = int(np.searchsorted(self._knots[:, 0], position.step, side="right")) - 1
-        if self._opened[0] != number:
-            of, ready = self._next
+        if number != self._number:
+            ahead = self._next if number == self._number + 1 else None
             # What failed in the thread is tried once more here.
-            found = ready.result() if ready is not None and of == number and ready.exception() is None else self._open(number)
-            self._opened, self._next = (number, *found), (-1, None)
-        elif self._next[1] is None and self._knots[number + 1, 0] < self.total:  # in the second step: the window before is gone by then
-            self._next = number + 1, self._thread.submit(self._open, number + 1)
-        _, rows, plan = self._opened
-        assert rows is not None
-        assert plan is not None
+            self._now = ahead.result() if ahead is not None and ahead.exception() is None else self._open(number)
+            self._number, self._next = number, None
+        elif self._next is None and self._knots[number + 1, 0] < self.total:  # in the second step: the window before is gone by then
+            self._next = self._thread.submit(self._open, number + 1)
+        assert self._now is not None
+        rows, plan = self._now
         return GlobalBatch(rows, plan.batch(position.step - int(self._knots[number, 0])), whole=False)
 
     def close(self) -> None:
@@ -153,7 +152,7 @@ class WindowSchedule(Schedule):
     def _open(self, number: int) -> tuple[Rows, EpochPlan]:
         """The rows of this rank's parts of a window, and which of them belong to its steps. number: of the window, over all epochs."""
         epoch, place = divmod(number, self._each)
-        window = windows.deal(len(self._split.parts), self._training.seed, epoch)[place]
+        window = self._deal(epoch)[place]
         its = windows.held(window, self._tokens[window], self._rank, self._world_size)
         rows = self._split.open([each.part for each in its])
         used = rows.labelled if self._labelled else np.arange(len(rows), dtype=np.int32)
@@ -165,10 +164,8 @@ class WindowSchedule(Schedule):
         )  # fmt: skip
         return rows, plan
 
-    def _of(self, epoch: int) -> list[np.ndarray]:
-        if self._dealt[0] != epoch:
-            self._dealt = epoch, windows.deal(len(self._split.parts), self._training.seed, epoch)
-        return self._dealt[1]
+    def _deal(self, epoch: int) -> list[np.ndarray]:
+        return windows.deal(len(self._split.parts), self._training.seed, epoch)
 
 
 def schedule(

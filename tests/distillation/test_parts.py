@@ -8,7 +8,7 @@ import pytest
 
 from distillation import parts, store
 from distillation.errors import InputError
-from distillation.parts import FileRecord, read_table, write_table
+from distillation.parts import FileRecord, read_table, total, write_table
 from distillation.storage import Storage
 from distillation.store import Manifest, commit, committed_parts, find
 from tests.distillation.test_store import table, write
@@ -27,8 +27,8 @@ def test_a_table_gives_back_what_was_written(tmp_path):
     assert found["test"] == splits["test"]
     assert (found["train"][0], found["train"][69_999], found["train"][-1]) == (record(0), record(69_999), record(69_999))
     assert found["train"][65_535:65_538] == [record(65_535), record(65_536), record(65_537)]
-    assert found["train"].sum("rows") == 70_000 * 8192
-    assert found["train"].sum("tokens") == 100 * 70_000 * 69_999 // 2
+    assert total(found["train"], "rows") == 70_000 * 8192
+    assert total(found["train"], "tokens") == 100 * 70_000 * 69_999 // 2
     assert [r.name for r in found["train"]] == [r.name for r in splits["train"]]
     with pytest.raises(IndexError):
         found["test"][1]

@@ -11,11 +11,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import ray
+import ray.tune
 from ray.cluster_utils import Cluster
 
 from cluster.config import ClusterConfig
@@ -23,9 +23,8 @@ from cluster.training import TrainSession, run_workers
 from distillation import fit
 from distillation.batches import plan_epoch
 from distillation.config import FitConfig
-from distillation.loop import Left
 from distillation.rows import Rows
-from tuning.trials import TrialSession
+from tuning import trials
 
 ROOT = Path(__file__).resolve().parents[2]
 PREEMPTION = 2
@@ -124,17 +123,29 @@ def noting_worker(payload: dict[str, Any]) -> dict[str, float]:
     return fit.train(FitConfig.model_validate(payload["fit"]), session, {})
 
 
-def trial(config: dict[str, Any], mark: Path) -> int | None:
-    """A trial's training, slowly. The steps that it had done when it made way, into `mark` as it goes."""
+def trial(config: dict[str, Any], cluster: dict[str, Any], mark: Path) -> int | None:
+    """A trial of a search, slowly, without Tune. The steps that it had done when it made way, into `mark` as it goes."""
 
-    def point(metrics: Mapping[str, float], step: int) -> None:
+    def point(self: Any, metrics: Mapping[str, float], step: int) -> None:
         mark.write_text(str(step))
         time.sleep(0.3)
 
-    reporter, meter = SimpleNamespace(point=point), SimpleNamespace(point=lambda *_: None)
+    trials.Reporter.point, told = point, []  # type: ignore[method-assign]
+    ray.tune.report = told.append
+    teacher = {"metric": "validation/accuracy", "value": None}
+    work = {
+        "fit": config,
+        "cluster": cluster,
+        "quality": "validation/accuracy",
+        "maximise": True,
+        "teacher": teacher,
+        "job": "j",
+        "made_from": {},
+    }
     try:
-        fit.train(FitConfig.model_validate(config), TrialSession(reporter, "cpu", meter), {})  # type: ignore[arg-type]
-    except Left:
+        trials.run_trial({"role": "trial", "work": work})
+    except trials.TakenBack:
+        assert not told, "it has neither finished nor failed"
         return int(mark.read_text())
     return None
 

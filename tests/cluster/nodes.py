@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -88,6 +89,12 @@ class Nodes:
             except OSError:
                 assert time.monotonic() < deadline, "\n".join(path.read_text() for path in self.folder.glob("*.log"))
                 time.sleep(0.3)
+
+    def summary(self) -> list[dict]:
+        """What the head says of its nodes."""
+        request = urllib.request.Request(f"{self.address}/nodes?view=summary", headers={"Authorization": f"Bearer {TOKEN}"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return [node["raylet"] for node in json.loads(answer.read())["data"]["summary"]]
 
     def kill(self, process: subprocess.Popen[bytes]) -> None:
         """As when a machine is lost."""

@@ -70,8 +70,9 @@ def test_four_workers_become_two_three_and_one(storage, tmp_path):
 
 def test_a_trial_saves_and_makes_way_when_its_node_is_taken_back(storage, tmp_path):
     mark, config = tmp_path / "step", settings(storage, "s", training=plan(checkpoint_every=0, batch_tokens=256), keep_model=False)
+    cluster = ClusterConfig(storage=storage.uri, workers=1, cpus_per_worker=1, address="auto").model_dump(mode="json")
     with growing.nodes(1) as nodes:
-        running = ray.remote(num_cpus=1, max_retries=0)(growing.trial).remote(config.model_dump(mode="json"), mark)
+        running = ray.remote(num_cpus=1, max_retries=0)(growing.trial).remote(config.model_dump(mode="json"), cluster, mark)
         until(lambda: mark.exists() and int(mark.read_text() or 0) >= 2, 60)
         nodes.notify(1)
         reached = ray.get(running, timeout=60)

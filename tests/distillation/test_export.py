@@ -93,6 +93,8 @@ def test_card_has_front_matter_that_a_hub_reads():
     for wanted in ("small keeps 98.1 %.", *results, *facts):
         assert wanted in body
     assert card(EVALUATIONS[1], [*EVALUATIONS, evaluation("other", "student", 0.5)], FACTS, "small keeps 98.1 %.") == text
+    apart = [e.model_copy(update={"device": "4 x cuda"}) if e.role == "teacher" else e for e in EVALUATIONS]
+    assert "cpu; the teacher on 4 x cuda, fp32, 2 threads" in card(EVALUATIONS[1], apart, FACTS)
 
 
 def test_a_teacher_that_no_hub_knows_is_not_called_a_base_model():

@@ -145,11 +145,7 @@ def info(nodes, id_):
 
 
 def head_id(nodes):
-    from ray.job_submission import JobSubmissionClient
-
-    headers = {"Authorization": f"Bearer {nodes.token_file.read_text()}"}
-    answer = JobSubmissionClient(nodes.address, headers=headers)._do_request("GET", "/nodes?view=summary").json()
-    return next(one["raylet"]["nodeId"] for one in answer["data"]["summary"] if one["raylet"]["isHeadNode"])
+    return next(one["nodeId"] for one in nodes.summary() if one["isHeadNode"])
 
 
 def test_no_data_and_no_secret_travels(client, nodes, job):

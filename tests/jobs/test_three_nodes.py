@@ -8,7 +8,7 @@ import pytest
 
 from tests.jobs import three
 from tests.jobs.place import furnished
-from tests.servers import Postgres, Server, without_postgres
+from tests.servers import Postgres, Server, until, without_postgres
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -50,6 +50,7 @@ def cluster(place, server):
         def lose(outcome):
             three.ended(outcome, ENDS)
             nodes.kill(nodes.processes[2])
+            until(lambda: sum(one["state"] == "ALIVE" for one in nodes.summary()) == 2, 60)  # else the one that joins is a fourth
             three.join(nodes, "replacement", "student")
 
         yield three.on_three_nodes(place, nodes, TRIALS, server.uri, lose)
@@ -82,14 +83,14 @@ def test_trials_run_on_both_nodes_and_each_node_has_curves_of_its_own(cluster, p
     assert f"search: {TRIALS} trials, 4 at once" in cluster.said[1]  # each node has two processors
     names = {name for (name,) in postgres.query("mlflow", "SELECT DISTINCT key FROM latest_metrics WHERE key LIKE 'system/%'")}
     nodes = {name.split("/")[1] for name in names}
-    # The node that joined has the number of the one that was lost, or a fourth where it came before the other was known to be gone.
-    assert {"node_0", "node_1", "node_2"} <= nodes <= {f"node_{number}" for number in range(4)}
+    assert nodes == {"node_0", "node_1", "node_2"}  # the node that joined has the number of the one that was lost
     for node in nodes:
         assert {f"system/{node}/{name}" for name in ("cpu_utilization_percentage", "system_memory_usage_percentage")} <= names
     tagged = dict(postgres.query("mlflow", "SELECT key, value FROM tags WHERE key LIKE 'distillery.node#_%' ESCAPE '#'"))
-    assert sorted(tagged) == [f"distillery.{node}" for node in sorted(nodes)]
-    roles = [value.partition("role=")[2].partition(",")[0] for _, value in sorted(tagged.items())]
-    assert roles == ["head", "student", "teacher", "student"][: len(nodes)]
+    assert sorted(tagged) == [f"distillery.node_{number}" for number in range(3)]
+    assert [("role=teacher" in value, "role=student" in value) for _, value in sorted(tagged.items())] == [
+        (False, False), (False, True), (True, False),
+    ]  # fmt: skip
 
 
 def test_three_nodes_give_what_one_gives_in_less_than_ten_minutes(place, cluster):

@@ -16,6 +16,7 @@ from benchmarks import prose
 from benchmarks.made import line
 from distillation import fit, models, store
 from distillation.answers import answer_part, bytes_per_position, make_teacher
+from distillation.columns import Columns
 from distillation.config import (
     CrossEntropy,
     DenseLogits,
@@ -60,7 +61,7 @@ def answer(storage: Storage) -> float:
     manifest, paths = store.open_artifact(storage, "corpora/c", "corpus")
     splits = {}
     for split, parts in manifest.splits.items():
-        rows = Rows(store.Columns([paths[parts[0].name]]), {}, fit.reader(prose.TASK, source, ()))
+        rows = Rows(Columns([paths[parts[0].name]]), {}, fit.reader(prose.TASK, source, ()))
         teacher = make_teacher(models.load(source, prose.TASK), prose.TASK, TARGETS)
         table, _ = answer_part(teacher, rows, TARGETS, 4096, False, torch.device("cpu"))
         splits[split] = (store.write_part(storage, "targets/t", parts[0].name.removesuffix(".arrow"), table, parts[0].tokens),)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.made import corpus
 from distillation import store
+from distillation.columns import Columns
 from distillation.storage import Storage
 from tests.distillation.served import Proxy, proxied, s3_server
 
@@ -54,7 +55,7 @@ def fetched(proxy: Proxy, uri: str, folder: str, node: str, trials: int) -> int:
 
 def trial(uri: str) -> None:
     _, paths = store.open_artifact(Storage(uri), "corpora/c", "corpus")
-    columns = store.Columns(list(paths.values()))
+    columns = Columns(list(paths.values()))
     assert int(columns.whole("length").sum()) == sum(len(values) for values in columns.values("input_ids"))
 
 

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 
+from distillation.columns import Columns
 from distillation.storage import Storage
 
 BATCH_TOKENS = 4096
@@ -34,7 +35,7 @@ def open_and_plan(folder: str) -> None:
 
     started = time.perf_counter()
     manifest, paths = store.open_artifact(Storage(folder), "corpora/c", "corpus")
-    columns = store.Columns([paths[part.name] for part in manifest.splits["train"]])
+    columns = Columns([paths[part.name] for part in manifest.splits["train"]])
     lengths = columns.whole("length")
     opened = time.perf_counter()
     plan = plan_epoch(lengths, np.arange(len(lengths)), BATCH_TOKENS, 0, 0)

@@ -19,6 +19,7 @@ import torch
 from benchmarks import prose
 from distillation import fit, models, store
 from distillation.answers import answer_part, make_teacher
+from distillation.columns import Columns
 from distillation.config import DenseLogits, ForwardKL, LayersStudent, NewModel, SampledLogits, TargetsConfig, TopKLogits, TrainingConfig
 from distillation.losses import weigh
 from distillation.network import Network
@@ -61,7 +62,7 @@ def table(storage: Storage, source: Path) -> None:
     model = build_student(LayersStudent(type="layers", count=2), source, prose.TASK, (), dropout=0.0, seed=0)
     student = Network(model, prose.TASK)
     with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
-        few = store.Columns.of(reader.read_all()[:ROWS])
+        few = Columns.of(reader.read_all()[:ROWS])
     exact: tuple[float, torch.Tensor] | None = None
     for name, logits in KINDS.items():
         targets = TargetsConfig(logits=logits)
@@ -69,7 +70,7 @@ def table(storage: Storage, source: Path) -> None:
         teacher = make_teacher(models.load(source, prose.TASK), prose.TASK, targets)
         answers, missing = answer_part(teacher, some, targets, 4096, False, torch.device("cpu"))
         size = sum(answers.column(c).nbytes for c in answers.column_names if c != "id") / int(some.scored.sum())
-        rows = Rows(few, {"teacher": Targets(store.Columns.of(answers), targets)}, task)
+        rows = Rows(few, {"teacher": Targets(Columns.of(answers), targets)}, task)
         value, gradient = _gradient(student, rows)
         if exact is None:
             exact = value, gradient

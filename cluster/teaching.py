@@ -15,13 +15,14 @@ from cluster.training import TrainSession, run_workers
 from distillation import models, sharding, store
 from distillation.answers import answer_part, keep_company, make_teacher
 from distillation.batches import sorted_batches
+from distillation.columns import Columns
 from distillation.config import TargetsConfig, TaskConfig
 from distillation.errors import InputError
 from distillation.fit import model_folder, reader
 from distillation.loop import Left
 from distillation.rows import Rows
 from distillation.storage import Storage
-from distillation.store import Columns, FileRecord, Manifest
+from distillation.store import FileRecord, Manifest
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from scipy.stats import spearmanr
 
 from distillation import neighbours
+from distillation.columns import Columns
 from distillation.config import Embedding, ImageClassification, Regression, TaskConfig, TextClassification
 from distillation.errors import InputError
 from distillation.gathering import Gathered, Share, gather, share_of
@@ -24,7 +25,6 @@ from distillation.models import use_bf16
 from distillation.network import Network
 from distillation.quality import Bin, Disagreement, against, confusion, disagreements, quality, reliability, require_labels
 from distillation.rows import Rows
-from distillation.store import Columns
 from distillation.tasks import Task
 
 Role = Literal["teacher", "baseline", "student"]

@@ -17,6 +17,7 @@ import torch
 from distillation import models as trained
 from distillation import sharding
 from distillation.checkpoints import Ranks
+from distillation.columns import Columns
 from distillation.config import CausalLM, ImageClassification, MaskedLM, TaskConfig
 from distillation.evaluate import Candidate, Evaluation, concluded, require_readable
 from distillation.gathering import Gathered, gather
@@ -25,7 +26,6 @@ from distillation.models import use_bf16
 from distillation.network import Network, mixed
 from distillation.rows import Rows
 from distillation.signals import Batch
-from distillation.store import Columns
 from distillation.students import size_of_trained
 
 PASSES = 3

@@ -17,6 +17,7 @@ from torch.utils.benchmark import Timer
 
 from distillation import fit, models
 from distillation.batches import sorted_batches
+from distillation.columns import Columns
 from distillation.config import (
     CausalLM,
     ImageClassification,
@@ -31,7 +32,6 @@ from distillation.errors import InputError
 from distillation.models import use_bf16
 from distillation.network import Network, order_head
 from distillation.rows import Rows
-from distillation.store import Columns
 from distillation.students import flops, parameter_ratio
 
 Precision = Literal["auto", "bf16", "fp32"]

@@ -14,8 +14,8 @@ from scipy.special import log_softmax
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix, f1_score
 
+from distillation.columns import Columns
 from distillation.errors import InputError
-from distillation.store import Columns
 
 BINS = 15
 """Of confidence, equally wide; Guo et al. 2017."""

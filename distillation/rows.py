@@ -11,12 +11,12 @@ import pyarrow as pa
 import torch
 
 from distillation import store
+from distillation.columns import Columns
 from distillation.config import SampledLogits, TargetsConfig, TopKLogits, Unit
 from distillation.errors import InputError
 from distillation.parts import numbers, total
 from distillation.signals import Batch, TeacherSignal
 from distillation.storage import Storage
-from distillation.store import Columns
 from distillation.tasks import Task
 
 QUANTUM = 8.0

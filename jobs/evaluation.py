@@ -13,6 +13,7 @@ from cluster.config import ClusterConfig
 from cluster.config import Role as ClusterRole
 from cluster.session import cpus_per_worker, unwrap
 from distillation import fit, store
+from distillation.columns import Columns
 from distillation.config import TaskConfig
 from distillation.errors import ClusterError
 from distillation.evaluate import Candidate, Evaluation, Role, answers
@@ -21,7 +22,6 @@ from distillation.gathering import Gathered, Share, together
 from distillation.in_step import evaluate_in_step
 from distillation.rows import open_columns
 from distillation.storage import Storage
-from distillation.store import Columns
 from jobs.plan import Plan, Reading, Stage
 from jobs.progress import Progress
 

@@ -21,6 +21,7 @@ from transformers import (
     ViTConfig,
 )
 
+from distillation.columns import Columns
 from distillation.config import (
     CausalLM,
     Embedding,
@@ -33,7 +34,7 @@ from distillation.config import (
 )
 from distillation.models import set_labels
 from distillation.storage import Storage
-from distillation.store import Columns, write_part
+from distillation.store import write_part
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "some", "text", "another", "one", *(f"w{i}" for i in range(9, 40))]
 TASKS = {

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 
 from distillation import fit, models, store
 from distillation.answers import answer_part, make_teacher
+from distillation.columns import Columns
 from distillation.config import (
     CrossEntropy,
     FitConfig,
@@ -116,7 +117,7 @@ def targets(storage, config=TargetsConfig(), folder="targets/t"):  # noqa: B008 
     for split in ("train", "validation"):
         records = []
         for part in manifest.splits[split]:
-            rows = Rows(store.Columns([paths[part.name]]), {}, build_task(TASK, 0))
+            rows = Rows(Columns([paths[part.name]]), {}, build_task(TASK, 0))
             table, _ = answer_part(model, rows, config, 512, False, torch.device("cpu"))
             records.append(store.write_part(storage, folder, part.name.removesuffix(".arrow"), table, part.tokens))
         splits[split] = tuple(records)

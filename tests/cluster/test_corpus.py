@@ -17,6 +17,7 @@ import ray
 from cluster import corpus as corpora
 from cluster.config import DigitsCorpus, FilesCorpus, SourceCorpus, TextCorpus
 from distillation import encoding
+from distillation.columns import Columns
 from distillation.config import (
     CausalLM,
     Embedding,
@@ -29,7 +30,7 @@ from distillation.config import (
 )
 from distillation.errors import InputError
 from distillation.storage import Storage
-from distillation.store import Columns, open_artifact
+from distillation.store import open_artifact
 
 TASK = TextClassification()
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

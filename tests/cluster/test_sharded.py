@@ -14,10 +14,10 @@ from cluster.teaching import teach
 from cluster.training import run_workers, train
 from distillation import fit, models, store
 from distillation.answers import answer_part, make_teacher
+from distillation.columns import Columns
 from distillation.config import DenseLogits, Features, TargetsConfig, TrainingConfig
 from distillation.loop import LocalSession
 from distillation.rows import Rows
-from distillation.store import Columns
 from distillation.tasks import build_task
 from jobs import evaluation
 from tests.tiny import LABELS, TASK, settings, world

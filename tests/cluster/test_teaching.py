@@ -22,12 +22,12 @@ from cluster.config import ClusterConfig
 from cluster.teaching import teach
 from distillation import fit, models, store
 from distillation.answers import answer_part, make_teacher
+from distillation.columns import Columns
 from distillation.config import DenseLogits, Features, TargetsConfig
 from distillation.errors import InputError
 from distillation.network import output_head
 from distillation.rows import Rows
 from distillation.storage import Storage
-from distillation.store import Columns
 from distillation.tasks import build_task
 from tests import tiny
 from tests.tiny import LABELS, TASK, bert, model_folder

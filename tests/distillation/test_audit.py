@@ -8,6 +8,7 @@ import torch
 from distillation import fit, models, store
 from distillation.answers import answer_part, make_teacher
 from distillation.audit import audit
+from distillation.columns import Columns
 from distillation.config import DenseLogits, Features, SampledLogits, TargetsConfig, TopKLogits
 from distillation.rows import Rows, Targets
 from tests.tiny import LABELS, TASK, world
@@ -32,11 +33,11 @@ def opened(storage, config, change=None):
     folder = fit.model_folder(storage, "teachers/t")
     _, paths = store.open_artifact(storage, "corpora/c", "corpus")
     with pa.ipc.open_stream(next(path for name, path in paths.items() if name.endswith("train.arrow"))) as reader:
-        columns = store.Columns.of(reader.read_all()[:40])
+        columns = Columns.of(reader.read_all()[:40])
     task = fit.reader(TASK, folder, LABELS)
     teacher = make_teacher(models.load(folder, TASK), TASK, config)
     table, _ = answer_part(teacher, Rows(columns, {}, task), config, 512, False, CPU)
-    return teacher, Rows(columns, {"teacher": Targets(store.Columns.of(change(table) if change else table), config)}, task)
+    return teacher, Rows(columns, {"teacher": Targets(Columns.of(change(table) if change else table), config)}, task)
 
 
 def findings(storage, config, change=None):

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from distillation import fit, models, store
+from distillation.columns import Columns
 from distillation.config import (
     CausalLM,
     CrossEntropy,
@@ -137,7 +138,7 @@ def spoken(tmp_path_factory):
     for name, logits in {"topk": TopKLogits(type="topk", k=8), "dense": DenseLogits(), "drawn": SampledLogits(type="sampled")}.items():
         config, records = TargetsConfig(logits=logits), {}
         for split in ("train", "validation"):
-            rows = Rows(store.Columns([paths[f"part-{split}.arrow"]]), {}, fit.reader(task, base, ()))
+            rows = Rows(Columns([paths[f"part-{split}.arrow"]]), {}, fit.reader(task, base, ()))
             table, _ = answer_part(make_teacher(models.load(base, task), task, config), rows, config, 256, False, torch.device("cpu"))
             records[split] = (store.write_part(storage, f"targets/{name}", f"part-{split}", table, 1),)
         facts = {"corpus": "c", "targets": config.model_dump(mode="json"), "labels": []}

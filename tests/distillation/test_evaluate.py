@@ -7,13 +7,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
+from distillation.columns import Columns
 from distillation.config import TextClassification
 from distillation.errors import InputError
 from distillation.evaluate import Candidate, Evaluation, evaluate
 from distillation.inference import cost, predict, ratios
 from distillation.quality import against, confusion, disagreements, quality, reliability
 from distillation.storage import Storage
-from distillation.store import Columns, write_part
+from distillation.store import write_part
 
 LABELS = ("cat", "dog", "emu")
 TASK = TextClassification(max_length=64)

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from distillation import divergences, encoding, fit, store
 from distillation.answers import answer_part, make_teacher
+from distillation.columns import Columns
 from distillation.config import (
     CausalLM,
     CrossEntropy,
@@ -32,7 +33,6 @@ from distillation.losses import gradient_squares, weigh
 from distillation.network import Network
 from distillation.rows import Rows, open_rows
 from distillation.storage import Storage
-from distillation.store import Columns
 from distillation.tasks import build_task
 
 ID = "0" * 31 + "a"

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 
 from distillation import divergences, signals, store
 from distillation.answers import answer_part, bytes_per_position, make_teacher
+from distillation.columns import Columns
 from distillation.config import (
     CausalLM,
     DenseLogits,
@@ -63,14 +64,14 @@ def written(folder, lengths, words=True, **more):
     })  # fmt: skip
     storage = Storage(str(folder))
     record = store.write_part(storage, "c", "part", table, sum(lengths))
-    return storage, store.Columns([storage.fetch(f"c/{record.name}")])
+    return storage, Columns([storage.fetch(f"c/{record.name}")])
 
 
 def kept(storage, model, rows, config, name="t", tokens=40):
     """The teacher's answers, into a part and back: what the store says about any rows."""
     table, told = answer_part(make_teacher(model, rows.task.config, config), rows, config, tokens, False, CPU)
     record = store.write_part(storage, name, "part", table, 0)
-    return Targets(store.Columns([storage.fetch(f"{name}/{record.name}")]), config), table, told
+    return Targets(Columns([storage.fetch(f"{name}/{record.name}")]), config), table, told
 
 
 LENGTHS = [5, 3, 12, 1, 7, 2, 4, 9, 1, 6]

@@ -18,12 +18,12 @@ import pyarrow as pa
 import pytest
 from moto.server import ThreadedMotoServer
 
+from distillation.columns import Columns
 from distillation.errors import ConflictError, InputError
 from distillation.storage import Storage
 from distillation.store import (
     MANIFEST,
     VERSION,
-    Columns,
     FileRecord,
     Manifest,
     commit,
